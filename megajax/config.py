@@ -1,0 +1,572 @@
+"""Every option of megajax: frozen, validated dataclasses, one group per owner. Plain Python, touches no device.
+
+Field names are Megatron's where Megatron has the option; the command line derives its flags from them.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+PositionEmbedding = Literal["learned_absolute", "rope", "yarn", "none"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "squared_relu", "quick_gelu"]
+RopeScaling = Literal["none", "llama3", "dynamic", "longrope"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line: the field, its value, and the fix."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_divides(what: str, size: int, by: str, divisor: int) -> None:
+    _require(divisor > 0, f"{by}={divisor} must be at least 1")
+    _require(size % divisor == 0, f"{what}={size} is not divisible by {by}={divisor}; change one of them")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{name}={value} must be greater than 0")
+
+
+def _require_fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0.0 <= value < 1.0, f"{name}={value} must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Architecture of a transformer stack and of the language model around it.
+
+    Names and meaning follow Megatron-Core's `TransformerConfig` (`megatron/core/transformer/transformer_config.py`)
+    and the arguments of its `GPTModel`. Fields left `None` that have a rule are filled in, as there:
+    `kv_channels = hidden_size / num_attention_heads`, `ffn_hidden_size = 4 hidden_size`, `num_query_groups =
+    num_attention_heads`. Change a config with `replace`, which fills them in again.
+
+    Raises:
+      ConfigError: a value is out of range, or two fields contradict each other.
+    """
+
+    # Shape
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    """Key/value heads (GQA); 1 is MQA."""
+    kv_channels: int | None = None
+    """Size of one attention head."""
+    ffn_hidden_size: int | None = None
+
+    # Vocabulary and positions
+    vocab_size: int | None = None
+    make_vocab_size_divisible_by: int = 1
+    """The embedding tables are padded to a multiple of this; padded ids get no probability."""
+    max_sequence_length: int | None = None
+    share_embeddings_and_output_weights: bool = True
+    position_embedding_type: PositionEmbedding = "learned_absolute"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    seq_len_interpolation_factor: float | None = None
+    """Linear position interpolation: positions are divided by this."""
+    rope_scaling_type: RopeScaling = "none"
+    rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_position_embeddings: int = 8192
+    """The length the model was first trained at (llama3, dynamic, longrope)."""
+    rope_short_factor: tuple[float, ...] | None = None
+    rope_long_factor: tuple[float, ...] | None = None
+    rope_attention_factor: float | None = None
+    """Multiplies cos and sin (longrope and yarn); None takes the method's own rule."""
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float | None = 1.0
+    yarn_mscale_all_dim: float | None = 0.0
+    yarn_correction_range_round_to_int: bool = True
+    no_rope_freq: int | tuple[int, ...] | None = None
+    """int N: every N-th layer has no rotary embedding; or a 0/1 list, 1 = none."""
+
+    # Attention
+    softmax_scale: float | None = None
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
+    attention_softmax_in_fp32: bool = True
+    apply_query_key_layer_scaling: bool = False
+    window_size: tuple[int, int] | None = None
+    """(left, right) keys visible beside the query's own; -1 = unlimited."""
+    window_attn_skip_freq: int | tuple[int, ...] | None = None
+    """int N: every N-th layer sees everything; or a 0/1 list, 1 = windowed."""
+    qk_layernorm: bool = False
+    qk_l2_norm: bool = False
+    attention_output_gate: bool = False
+    add_qkv_bias: bool = False
+    add_attention_proj_bias: bool | None = None
+    """Bias of `linear_proj`; None follows `add_bias_linear`."""
+
+    # MLP
+    activation_func: Activation = "gelu"
+    gated_linear_unit: bool = False
+    glu_linear_offset: float = 0.0
+    activation_func_clamp_value: float | None = None
+    add_mlp_bias: bool | None = None
+    """Biases of the MLP; None follows `add_bias_linear`."""
+
+    # Layer
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
+    add_bias_linear: bool = True
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    apply_residual_connection_post_layernorm: bool = False
+    fp32_residual_connection: bool = False
+    heterogeneous_layers: tuple[HeterogeneousLayer, ...] | None = None
+    """Per-layer attention and MLP of a Nemotron-NAS model; read it with `heterogeneous_layers_from_json`."""
+
+    # Initialisation
+    init_method_std: float = 0.02
+    embedding_init_method_std: float | None = None
+
+    # Precision and memory
+    bf16: bool = False
+    fp16: bool = False
+    params_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+
+    # Loss
+    label_smoothing: float = 0.0
+    z_loss_coeff: float = 0.0
+    """Adds z_loss_coeff * logsumexp(logits)^2 to the loss of each token."""
+
+    _derived: frozenset[str] = dataclasses.field(default=frozenset(), init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+        _require_positive(self, "ffn_hidden_size", "vocab_size", "max_sequence_length", "make_vocab_size_divisible_by")
+        if self.kv_channels is None:
+            _require_divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        self._derive("kv_channels", self.hidden_size // self.num_attention_heads)
+        self._derive("num_query_groups", self.num_attention_heads)
+        self._derive("ffn_hidden_size", 4 * self.hidden_size)
+        self._derive("embedding_init_method_std", self.init_method_std)
+        self._derive("add_attention_proj_bias", self.add_bias_linear)
+        self._derive("add_mlp_bias", self.add_bias_linear)
+        self._validate_attention()
+        self._validate_positions()
+        self._validate_rest()
+
+    def _derive(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+            object.__setattr__(self, "_derived", self._derived | {name})
+
+    def _validate_attention(self) -> None:
+        _require_divides(
+            "num_attention_heads", self.num_attention_heads, "num_query_groups", self.num_query_groups or 0
+        )
+        _require(
+            not (self.qk_layernorm and self.qk_l2_norm), "qk_l2_norm=True excludes qk_layernorm=True; set one of them"
+        )
+        if self.window_size is not None:
+            _require(
+                len(self.window_size) == 2 and min(self.window_size) >= -1,
+                f"window_size={self.window_size} must be two numbers (left, right), each -1 or more",
+            )
+        if self.window_attn_skip_freq is not None:
+            _require(
+                self.window_size is not None,
+                f"window_attn_skip_freq={self.window_attn_skip_freq} has no effect without window_size; set window_size",
+            )
+        for name in ("window_attn_skip_freq", "no_rope_freq"):
+            self._validate_layer_pattern(name)
+
+    def _validate_layer_pattern(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, int):
+            _require(value > 0, f"{name}={value} must be at least 1")
+        elif value is not None:
+            _require(
+                len(value) == self.num_layers and set(value) <= {0, 1},
+                f"{name} has {len(value)} entries; give num_layers={self.num_layers} zeros and ones",
+            )
+        if name == "no_rope_freq" and isinstance(value, int):
+            _require_divides("num_layers", self.num_layers, "no_rope_freq", value)
+
+    def _validate_positions(self) -> None:
+        _require(0 < self.rotary_percent <= 1, f"rotary_percent={self.rotary_percent} must be above 0 and at most 1")
+        if self.position_embedding_type in ("rope", "yarn"):
+            _require(
+                self.rotary_dim % 2 == 0,
+                f"rotary_percent={self.rotary_percent} rotates {self.rotary_dim} of kv_channels={self.kv_channels}"
+                " features; the number must be even",
+            )
+        _require(
+            not (self.position_embedding_type == "yarn" and self.rotary_interleaved),
+            "rotary_interleaved=True is not defined for position_embedding_type='yarn'; use 'rope'",
+        )
+        if self.rope_scaling_type == "longrope":
+            for name in ("rope_short_factor", "rope_long_factor"):
+                factors = getattr(self, name)
+                _require(
+                    factors is not None and len(factors) == self.rotary_dim // 2,
+                    f"{name} needs {self.rotary_dim // 2} numbers (half the rotated features) with longrope",
+                )
+
+    def _validate_rest(self) -> None:
+        _require(not (self.bf16 and self.fp16), "bf16=True excludes fp16=True; set one of them")
+        _require_fraction(self, "hidden_dropout", "attention_dropout", "label_smoothing")
+        if self.recompute_granularity == "full":
+            _require(self.recompute_method is not None, "recompute_granularity='full' needs recompute_method")
+            _require(
+                self.recompute_num_layers is not None and self.recompute_num_layers > 0,
+                "recompute_granularity='full' needs recompute_num_layers of at least 1",
+            )
+        else:
+            _require(
+                self.recompute_method is None and self.recompute_num_layers is None,
+                "recompute_method and recompute_num_layers need recompute_granularity='full'",
+            )
+        if self.heterogeneous_layers is not None:
+            _require(
+                len(self.heterogeneous_layers) == self.num_layers,
+                f"heterogeneous_layers has {len(self.heterogeneous_layers)} entries; give num_layers={self.num_layers}",
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`; fields that were filled in from others are filled in again."""
+        stale = {name: None for name in self._derived if name not in changes}
+        return dataclasses.replace(self, **stale, **changes)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of each head that are rotated."""
+        assert self.kv_channels is not None
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        if self.vocab_size is None:
+            raise ConfigError("vocab_size=None; a language model needs the size of its vocabulary")
+        k = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // k) * k
+
+    @property
+    def compute_dtype(self) -> str:
+        """Name of the dtype of activations and matrix products."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else self.params_dtype
+
+    def for_layer(self, index: int) -> Self:
+        """The config of layer `index` (from 0): per-layer patterns resolved, so equal layers have equal configs."""
+        changes: dict[str, Any] = {}
+        number = index + 1  # Megatron counts layers from 1
+        if self.window_attn_skip_freq is not None:
+            freq = self.window_attn_skip_freq
+            windowed = number % freq != 0 if isinstance(freq, int) else freq[index] == 1
+            changes |= {"window_attn_skip_freq": None, "window_size": self.window_size if windowed else None}
+        if self.no_rope_freq is not None:
+            freq = self.no_rope_freq
+            skipped = number % freq == 0 if isinstance(freq, int) else freq[index] == 1
+            changes |= {"no_rope_freq": 1 if skipped else None}
+        if self.heterogeneous_layers is not None:
+            layer = self.heterogeneous_layers[index]
+            changes |= {"heterogeneous_layers": None}
+            changes |= {"num_query_groups": layer.num_query_groups} if layer.num_query_groups else {}
+            changes |= {"ffn_hidden_size": layer.ffn_hidden_size} if layer.ffn_hidden_size else {}
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeterogeneousLayer:
+    """One layer of a Nemotron-NAS model: either half may be the usual one, one linear map, or absent."""
+
+    attention: Literal["normal", "linear", "no_op"] = "normal"
+    mlp: Literal["normal", "linear", "no_op"] = "normal"
+    num_query_groups: int | None = None
+    ffn_hidden_size: int | None = None
+
+
+def heterogeneous_layers_from_json(
+    data: dict[str, Any], *, hidden_size: int, num_attention_heads: int
+) -> tuple[HeterogeneousLayer, ...]:
+    """Reads `{"block_configs": [{"attention": {...}, "ffn" or "mlp": {...}}, ...]}` of Nemotron-NAS checkpoints.
+
+    `n_heads_in_group` gives `num_attention_heads / n` groups; `ffn_mult` gives `2 ffn_mult hidden_size / 3`, rounded
+    up to a multiple of 256 (`megatron/core/transformer/heterogeneous/heterogeneous_config.py`).
+    """
+    _require("block_configs" in data, "the heterogeneous layer config has no 'block_configs' list; add it")
+    layers = []
+    for i, block in enumerate(data["block_configs"]):
+        attention, mlp = block.get("attention", {}), block.get("ffn", block.get("mlp", {}))
+        groups = attention.get("num_query_groups")
+        if groups is None and attention.get("n_heads_in_group"):
+            _require_divides(
+                f"block_configs[{i}]: num_attention_heads",
+                num_attention_heads,
+                "n_heads_in_group",
+                attention["n_heads_in_group"],
+            )
+            groups = num_attention_heads // attention["n_heads_in_group"]
+        width = mlp.get("ffn_hidden_size") or mlp.get("intermediate_size")
+        if width is None and mlp.get("ffn_mult"):
+            width = -(-int(2 * mlp["ffn_mult"] * hidden_size / 3) // 256) * 256
+        layers.append(
+            HeterogeneousLayer(
+                attention=_heterogeneous_kind(attention),
+                mlp=_heterogeneous_kind(mlp),
+                num_query_groups=groups,
+                ffn_hidden_size=width,
+            )
+        )
+    return tuple(layers)
+
+
+def _heterogeneous_kind(block: dict[str, Any]) -> Literal["normal", "linear", "no_op"]:
+    return "no_op" if block.get("no_op") else "linear" if block.get("replace_with_linear") else "normal"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the devices are divided. Devices that the other axes leave over are data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Also shard the residual stream over the tensor-parallel axis (needs tensor_model_parallel_size > 1)."""
+    zero: Literal[0, 1, 3] = 1
+    """Over data parallelism: 0 replicates, 1 shards the optimizer state, 3 the parameters too."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "tensor_model_parallel_size")
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence_parallel=True has no effect with tensor_model_parallel_size=1; raise it or drop the flag",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer, learning rate and weight decay schedules, clipping and loss scaling.
+
+    Schedules run in samples, as in Megatron's `OptimizerParamScheduler`; `*_iters` are multiplied by the global
+    batch size.
+    """
+
+    optimizer: Literal["adam", "sgd", "lion", "muon"] = "adam"
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    lr_decay_iters: int | None = None
+    lr_decay_samples: int | None = None
+    lr_warmup_iters: int = 0
+    lr_warmup_samples: int = 0
+    lr_warmup_fraction: float | None = None
+    lr_warmup_init: float = 0.0
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_samples: int | None = None
+    decoupled_lr: float | None = None
+    """Learning rate of the embedding and the output layer."""
+    decoupled_min_lr: float | None = None
+    weight_decay: float = 0.01
+    start_weight_decay: float | None = None
+    end_weight_decay: float | None = None
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    apply_wd_to_qk_layernorm: bool = False
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    lion_beta1: float = 0.95
+    lion_beta2: float = 0.98
+    muon_momentum: float = 0.95
+    muon_use_nesterov: bool = False
+    muon_num_ns_steps: int = 5
+    muon_coefficient_type: Literal["quintic", "simple", "polar_express"] = "quintic"
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    muon_extra_scale_factor: float = 1.0
+    muon_scalar_optimizer: Literal["adam", "lion"] = "adam"
+    loss_scale: float | None = None
+    """fp16: a constant loss scale; None is dynamic."""
+    initial_loss_scale: float = 2.0**32
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, f"lr={self.lr} must not be negative")
+        _require(0 <= self.min_lr <= self.lr, f"min_lr={self.min_lr} must be between 0 and lr={self.lr}")
+        _require(self.clip_grad >= 0, f"clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
+        _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
+        _require_positive(self, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+        _require_positive(self, "adam_eps", "loss_scale", "loss_scale_window", "hysteresis")
+        _require_fraction(self, "adam_beta1", "adam_beta2", "sgd_momentum", "lion_beta1", "lion_beta2", "muon_momentum")
+        for one, other in (
+            ("lr_decay_iters", "lr_decay_samples"),
+            ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+            ("lr_warmup_iters", "lr_warmup_samples"),
+        ):
+            both = getattr(self, one) and getattr(self, other)
+            _require(not both, f"{one}={getattr(self, one)} excludes {other}={getattr(self, other)}; set one of them")
+        if self.lr_warmup_fraction is not None:
+            _require(
+                not (self.lr_warmup_iters or self.lr_warmup_samples),
+                f"lr_warmup_fraction={self.lr_warmup_fraction} excludes lr_warmup_iters and lr_warmup_samples",
+            )
+            _require_fraction(self, "lr_warmup_fraction")
+        wsd = self.lr_wsd_decay_iters or self.lr_wsd_decay_samples
+        _require(self.lr_decay_style != "WSD" or wsd, "lr_decay_style='WSD' needs lr_wsd_decay_iters")
+        _require(self.lr_decay_style == "WSD" or not wsd, "lr_wsd_decay_iters has no effect; set lr_decay_style='WSD'")
+        _require(
+            self.weight_decay_incr_style == "constant"
+            or (self.start_weight_decay is not None and self.end_weight_decay is not None),
+            f"weight_decay_incr_style={self.weight_decay_incr_style!r} needs start_weight_decay and end_weight_decay",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how it is tokenized, split and loaded."""
+
+    data: tuple[str, ...] = ()
+    """FILE.txt, FILE.jsonl or PREFIX(.bin/.idx); several make a blend, each may follow its weight. Nothing given:
+    the English documentation that ships inside Python."""
+    json_key: str = "text"
+    split: str = "969,30,1"
+    """Relative sizes of train, validation and test."""
+    tokenizer: str = "byte"
+    """`byte`, or the path of a Hugging Face `tokenizer.json`, a sentencepiece `.model`, or a tiktoken file."""
+    seq_length: int = 256
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    """Documents packed into one sample do not see each other."""
+    eod_mask_loss: bool = False
+    data_cache_path: str | None = None
+    num_workers: int = 0
+    """Processes that read ahead; 0 reads in a thread."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seq_length")
+        _require(self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative")
+        parse_split(self.split)
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """`"969,30,1"` -> fractions of train, validation and test that sum to 1."""
+    try:
+        parts = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
+    except ValueError:
+        parts = []
+    parts += [0.0] * (3 - len(parts))
+    _require(
+        len(parts) == 3 and min(parts) >= 0 and sum(parts) > 0,
+        f"split={split!r} must be up to three numbers such as 969,30,1",
+    )
+    total = sum(parts)
+    return parts[0] / total, parts[1] / total, parts[2] / total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where and when the training state is saved, and what is read at the start."""
+
+    save: str | None = None
+    """Folder of the checkpoints; None is `<run_dir>/checkpoints`."""
+    load: str | None = None
+    """Folder to start from when `save` holds nothing yet; None starts fresh."""
+    save_interval: int | None = None
+    """Steps between checkpoints; None saves at the end only."""
+    save_retain: int = 2
+    """Keep this many of the newest checkpoints."""
+    async_save: bool = True
+    finetune: bool = False
+    """Take only the weights from `load`: step, optimizer and data start anew."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "save_interval", "save_retain")
+        _require(not self.finetune or self.load is not None, "finetune=True needs load: the folder with the weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run: how long, how much at a time, what is reported, when it stops."""
+
+    train_iters: int = 500
+    train_samples: int | None = None
+    """Train for this many samples instead of `train_iters` steps."""
+    micro_batch_size: int = 8
+    """Samples that one data-parallel shard processes at once."""
+    global_batch_size: int | None = None
+    """Samples a step; None is micro_batch_size times the data-parallel size. More than that accumulates gradients."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """(start, increment, samples): the global batch grows from start to global_batch_size over these samples."""
+    calculate_per_token_loss: bool = True
+    """True weights every token alike. False is Megatron's default: the mean over microbatches of their means."""
+    seed: int = 1234
+    run_dir: str | None = None
+    """Folder for everything the run writes; None is `runs/<model>`."""
+    log_interval: int = 10
+    eval_interval: int = 100
+    eval_iters: int = 10
+    exit_interval: int | None = None
+    exit_duration_in_mins: float | None = None
+    max_skipped_steps: int = 10
+    """Stop after this many skipped updates in a row (NaN, infinity, or a spike)."""
+    spike_factor: float = 0.0
+    """Skip an update whose gradient norm exceeds this many times its running mean; 0 is off."""
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    profile_step_start: int | None = None
+    profile_step_end: int | None = None
+    sample_prompt: str = "The "
+    sample_tokens: int = 160
+    """Tokens of the text printed at the end; 0 prints none."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "train_iters", "train_samples", "micro_batch_size", "global_batch_size", "log_interval")
+        _require_positive(self, "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins")
+        _require_positive(self, "max_skipped_steps")
+        _require(self.sample_tokens >= 0, f"sample_tokens={self.sample_tokens} must not be negative")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"spike_factor={self.spike_factor} must be 0 (off) or above 1",
+        )
+        if self.rampup_batch_size is not None:
+            start, increment, samples = self.rampup_batch_size
+            _require(
+                start > 0 and increment > 0 and samples >= 0,
+                f"rampup_batch_size={self.rampup_batch_size} must be start > 0, increment > 0, samples >= 0",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything one training run needs. `model_family` names an entry of `megajax.models.registry`."""
+
+    model_family: str
+    model: TransformerConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def to_tuple(value: Any) -> Any:
+    """Lists (as JSON gives them) to tuples, all the way down, so that configs stay hashable."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(to_tuple(v) for v in value)
+    return value
