@@ -300,7 +300,7 @@ class CheckpointStore:
         if isinstance(error, ConfigError):
             raise error
         raise CheckpointError(
-            f"{self.directory}: step {step} was not saved ({files.reason(error)}); {intact}; free or check that disk"
+            f"{self.directory}: step {step} was not saved ({files.reason(error)}); {intact}; make room there or give another folder"
         ) from error
 
 

@@ -17,7 +17,7 @@ from megajax.data.indexed_dataset import TokenSequences
 UNUSED_PAD_ID = -1
 """Fills a sample that the tokens do not fill when the tokenizer has no pad token; it becomes 0 with no loss."""
 COUNTED_TOKENS = 1 << 24
-"""`token_counts` looks at no more tokens than this."""
+"""`token_frequencies` looks at no more tokens than this."""
 
 Sample = dict[str, np.ndarray]
 
@@ -155,8 +155,8 @@ class GPTDataset:
             text = np.append(text, np.full(missing, pad, np.int32))
         return text
 
-    def token_counts(self, vocab_size: int) -> np.ndarray:
-        """int64[vocab_size]: how often each id occurs in this split's documents, or in the first of them if large."""
+    def token_frequencies(self, vocab_size: int) -> np.ndarray:
+        """float64[vocab_size]: the share of each id in this split's documents, or in the first of them if it is large."""
         counts, seen = np.zeros(vocab_size, np.int64), 0
         for document in self.documents:
             ids = np.asarray(self.tokens.get(int(document)))
@@ -165,7 +165,7 @@ class GPTDataset:
             seen += len(ids)
             if seen >= COUNTED_TOKENS:
                 break
-        return counts
+        return counts / max(seen, 1)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:

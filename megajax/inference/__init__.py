@@ -1,0 +1,3 @@
+"""Generation from a trained model."""
+
+# SPDX-License-Identifier: Apache-2.0

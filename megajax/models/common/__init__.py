@@ -1,0 +1,3 @@
+"""What language models share: embeddings, output layer, loss."""
+
+# SPDX-License-Identifier: Apache-2.0

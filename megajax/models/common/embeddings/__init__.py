@@ -1,0 +1,3 @@
+"""Token, position and rotary embeddings."""
+
+# SPDX-License-Identifier: Apache-2.0

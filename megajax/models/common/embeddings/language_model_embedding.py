@@ -1,0 +1,61 @@
+"""Token and learned position embeddings."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S sequence, D hidden, V rows of the vocabulary table
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from megajax.config import ConfigError, TransformerConfig
+from megajax.parallel.sharding import constrain
+from megajax.transformer.linear import normal_init
+
+Array = jax.Array
+
+
+class Embedding(nn.Module):
+    """A table [num, D] of vectors, looked up by ids. Its rows carry logical axis `axis`."""
+
+    num: int
+    features: int
+    axis: str
+    std: float
+    params_dtype: str
+
+    def setup(self) -> None:
+        init = normal_init(self.std, (self.axis, "embed"))
+        self.embedding = self.param("embedding", init, (self.num, self.features), jnp.dtype(self.params_dtype))
+
+    def __call__(self, ids: Array) -> Array:
+        """ids int [...] -> [..., D]."""
+        return jnp.take(self.embedding, ids, axis=0)
+
+
+class LanguageModelEmbedding(nn.Module):
+    """Word embedding, plus learned positions when `position_embedding_type` is "learned_absolute", then dropout.
+
+    Megatron: `core/models/common/embeddings/language_model_embedding.py`.
+    """
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        std = cfg.embedding_init_method_std or cfg.init_method_std
+        hidden, dtype = cfg.hidden_size, cfg.params_dtype
+        self.word_embeddings = Embedding(cfg.padded_vocab_size, hidden, "vocab", std, dtype)
+        if cfg.position_embedding_type == "learned_absolute":
+            if cfg.max_sequence_length is None:
+                raise ConfigError("max_sequence_length=None; learned positions need the longest sequence")
+            self.position_embeddings = Embedding(cfg.max_sequence_length, hidden, "positions", std, dtype)
+        self.dropout = nn.Dropout(cfg.hidden_dropout)
+
+    def __call__(self, tokens: Array, position_ids: Array, *, deterministic: bool = True) -> Array:
+        """tokens int [B, S], position_ids int [B or 1, S] -> [B, S, D] in the dtype of the residual stream."""
+        cfg = self.config
+        x_BSD = self.word_embeddings(tokens)
+        if cfg.position_embedding_type == "learned_absolute":
+            x_BSD = x_BSD + self.position_embeddings(position_ids)
+        x_BSD = x_BSD.astype(jnp.dtype("float32" if cfg.fp32_residual_connection else cfg.compute_dtype))
+        x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")
+        return self.dropout(x_BSD, deterministic=deterministic)

@@ -1,0 +1,162 @@
+"""GPTModel: embedding, decoder, output layer."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S sequence, T longest cached sequence, D hidden, V vocabulary
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from megajax.backends import BackendSpecProvider, LocalSpecProvider
+from megajax.config import PositionEmbedding, TransformerConfig
+from megajax.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megajax.models.common.embeddings.positions import packed_positions, rotary_embedding
+from megajax.models.common.language_module.language_module import (
+    OutputLayer,
+    language_model_logits,
+    language_model_loss,
+    language_model_loss_sum,
+)
+from megajax.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megajax.ops.attention import AttentionMask
+from megajax.ops.cross_entropy import FusedLoss
+from megajax.spec import Builder
+from megajax.transformer.block import LayerInputs, TransformerBlock
+
+Array = jax.Array
+
+
+class GPTModel(nn.Module):
+    """A decoder-only language model. Megatron: `core/models/gpt/gpt_model.py`.
+
+    Attributes:
+      config: architecture. The fields below, where given, replace the config's fields of the same name.
+      transformer_layer_spec: builder of one layer, used for all of them; or a tuple with one for each layer. None is
+        `get_gpt_decoder_block_spec(config, backend)`.
+      backend: supplies the final norm.
+
+    Example:
+      >>> config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
+      >>> model = GPTModel(config, vocab_size=100, max_sequence_length=32)
+      >>> params = model.init(jax.random.key(0), tokens)
+      >>> logits = model.apply(params, tokens)
+    """
+
+    config: TransformerConfig
+    transformer_layer_spec: Builder | tuple[Builder, ...] | None = None
+    vocab_size: int | None = None
+    max_sequence_length: int | None = None
+    position_embedding_type: PositionEmbedding | None = None
+    rotary_percent: float | None = None
+    rotary_base: float | None = None
+    rope_scaling: bool | None = None
+    rope_scaling_factor: float | None = None
+    seq_len_interpolation_factor: float | None = None
+    share_embeddings_and_output_weights: bool | None = None
+    backend: BackendSpecProvider = LocalSpecProvider()
+
+    @property
+    def resolved_config(self) -> TransformerConfig:
+        """`config` with this model's own arguments put in."""
+        own = ("config", "transformer_layer_spec", "backend", "rope_scaling", "parent", "name")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in own]
+        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.rope_scaling is not None:
+            given["rope_scaling_type"] = "llama3" if self.rope_scaling else "none"
+        return self.config.replace(**given)
+
+    @property
+    def layer_specs(self) -> tuple[Builder, ...]:
+        """One builder for each layer."""
+        spec = self.transformer_layer_spec
+        if spec is None:
+            return get_gpt_decoder_block_spec(self.config, self.backend)
+        return spec if isinstance(spec, tuple) else (spec,) * self.config.num_layers
+
+    def setup(self) -> None:
+        cfg = self.resolved_config
+        self.embedding = LanguageModelEmbedding(cfg)
+        self.rotary_pos_emb = rotary_embedding(cfg)
+        self.decoder = TransformerBlock(cfg, self.layer_specs, self.backend.layer_norm(cfg))
+        if not cfg.share_embeddings_and_output_weights:
+            self.output_layer = OutputLayer(cfg)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        position_ids: Array | None = None,
+        segment_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        labels: Array | None = None,
+        cache_position: Array | int | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Logits fp32 [B, S, V]; with labels the loss of each token instead, fp32 [B, S], unreduced as in Megatron.
+
+        Args:
+          tokens: int [B, S].
+          position_ids: int [B, S]; default: 0, 1, ... in each row, or in each document when there are segment_ids.
+          segment_ids: int [B, S]: the document of each token of a packed row. Tokens see only their own document.
+          attention_mask: bool, True = attend: [B, S] for the keys, or broadcastable to [B, 1, S, S]; on top of
+            causality.
+          labels: int [B, S], the next token of each. -100 and other ids outside the vocabulary are not ignored: mask.
+          cache_position: index of tokens[:, 0] in a "cache" collection, which then supplies the earlier keys and
+            values; see `megajax.inference`.
+          deterministic: False draws dropout from the "dropout" rng.
+        """
+        hidden_BSD = self.hidden_states(
+            tokens,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            attention_mask=attention_mask,
+            cache_position=cache_position,
+            deterministic=deterministic,
+        )
+        logits = language_model_logits(hidden_BSD, self.output_weight(), self.resolved_config)
+        return logits if labels is None else language_model_loss(logits, labels, self.resolved_config)
+
+    def loss_sum(self, tokens: Array, labels: Array, weights: Array, **inputs: Any) -> FusedLoss:
+        """`sum(weights * loss of each token)` for training: equal to reducing `__call__(labels=...)`, in less memory.
+
+        tokens, labels int [B, S], weights fp32 [B, S]; inputs as for `hidden_states`.
+        """
+        hidden_BSD = self.hidden_states(tokens, **inputs)
+        return language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, self.resolved_config)
+
+    def hidden_states(
+        self,
+        tokens: Array,
+        *,
+        position_ids: Array | None = None,
+        segment_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        cache_position: Array | int | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
+        if position_ids is None:
+            position_ids = jnp.arange(tokens.shape[1])[None, :] + (cache_position or 0)
+            if segment_ids is not None:
+                position_ids = packed_positions(segment_ids)
+        x_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, None, None, :]
+        mask = AttentionMask(
+            causal=True,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            keep=None if attention_mask is None else attention_mask.astype(bool),
+            offset=0 if cache_position is None else cache_position,
+        )
+        rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids)
+        decode = cache_position is not None
+        return self.decoder(x_BSD, LayerInputs(mask, rotary), decode=decode, deterministic=deterministic)
+
+    def output_weight(self) -> Array:
+        """The matrix from hidden states to logits, [D, padded vocabulary]."""
+        if self.resolved_config.share_embeddings_and_output_weights:
+            return self.embedding.word_embeddings.embedding.T
+        return self.output_layer()

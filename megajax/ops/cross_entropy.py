@@ -1,0 +1,154 @@
+"""Cross entropy of the next token, from logits or straight from hidden states without ever holding all logits."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S sequence, C one chunk of it, D hidden, V vocabulary (rows of the table, padding included)
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+LOGITS_PER_CHUNK = 2**22
+"""Logits held at once by the fused loss: 16 MB in fp32, a size that stays near the caches and far from the peak."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropyOptions:
+    """vocab_size: ids from here on are padding and get no probability. label_smoothing: Megatron's, `a V / (V - 1)`.
+    z_loss_coeff: adds `z_loss_coeff * logsumexp^2` (arXiv:2204.02311)."""
+
+    vocab_size: int
+    label_smoothing: float = 0.0
+    z_loss_coeff: float = 0.0
+
+    @property
+    def smoothing(self) -> float:
+        """The weight of the uniform target."""
+        return self.label_smoothing * self.vocab_size / (self.vocab_size - 1) if self.label_smoothing else 0.0
+
+
+def mask_padded_vocab(logits: Array, vocab_size: int) -> Array:
+    """Logits [..., V] with those of padding ids at the lowest finite number."""
+    if logits.shape[-1] == vocab_size:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, jnp.finfo(logits.dtype).min)
+
+
+def cross_entropy(logits: Array, labels: Array, options: CrossEntropyOptions) -> Array:
+    """logits [..., V] of any dtype, labels int [...] -> loss of each token [...], fp32.
+
+    A label outside 0..V-1 (such as -100) selects no logit: its loss is `logsumexp - max`, finite, and has to be masked
+    by the caller, as in Megatron (`core/tensor_parallel/cross_entropy.py`).
+    """
+    logits = mask_padded_vocab(logits.astype(jnp.float32), options.vocab_size)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shifted = logits - top
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    # A masked sum rather than a gather: it stays local when the vocabulary is sharded.
+    target = jnp.sum(jnp.where(_is_label(labels, logits.shape[-1]), shifted, 0.0), axis=-1)
+    loss = log_sum - target
+    if options.smoothing:
+        real = jnp.arange(logits.shape[-1]) < options.vocab_size
+        mean_log_prob = jnp.sum(jnp.where(real, shifted, 0.0), axis=-1) / options.vocab_size - log_sum
+        loss = (1.0 - options.smoothing) * loss - options.smoothing * mean_log_prob
+    if options.z_loss_coeff:
+        loss = loss + options.z_loss_coeff * jnp.square(log_sum + top[..., 0])
+    return loss
+
+
+def _is_label(labels: Array, V: int) -> Array:
+    return labels[..., None] == jnp.arange(V)
+
+
+class FusedLoss(NamedTuple):
+    """weighted_sum: fp32 scalar, differentiable. per_token: fp32 [B, S], for reporting only, carries no gradient."""
+
+    weighted_sum: Array
+    per_token: Array
+
+
+def fused_linear_cross_entropy(
+    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, options: CrossEntropyOptions
+) -> FusedLoss:
+    """`sum(weights * cross_entropy(x @ kernel, labels))` with logits only ever held for a chunk of the sequence.
+
+    The gradients are computed in the forward pass, while a chunk's logits exist, and only scaled in the backward one:
+    no logit is computed twice. That is why this function takes the weights and returns their sum.
+    """
+    chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], kernel_DV.shape[1])
+    total, per_token = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), options, chunks)
+    return FusedLoss(total, jax.lax.stop_gradient(per_token))
+
+
+def num_chunks(B: int, S: int, V: int) -> int:
+    """The smallest divisor of S that keeps a chunk's logits within `LOGITS_PER_CHUNK`."""
+    wanted = max(1, -(-B * S * V // LOGITS_PER_CHUNK))
+    return next((n for n in range(wanted, S) if S % n == 0), S) if wanted < S else S
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(
+    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, options: CrossEntropyOptions, chunks: int
+) -> tuple[Array, Array]:
+    kernel = kernel_DV.astype(x_BSD.dtype)
+
+    def one(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        x_BCD, labels_BC, weights_BC = chunk
+        loss_BC = cross_entropy(_logits(x_BCD, kernel), labels_BC, options)
+        return total + jnp.sum(loss_BC * weights_BC), loss_BC
+
+    total, per_token = jax.lax.scan(one, jnp.float32(0), _split((x_BSD, labels_BS, weights_BS), chunks))
+    return total, _join(per_token)
+
+
+def _fused_forward(x_BSD, kernel_DV, labels_BS, weights_BS, options, chunks):  # noqa: ANN001, ANN202
+    kernel = kernel_DV.astype(x_BSD.dtype)
+    D, V = kernel_DV.shape
+
+    def one(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]):  # noqa: ANN202
+        total, d_kernel = carry
+        x_BCD, labels_BC, weights_BC = chunk
+        logits = _logits(x_BCD, kernel)
+        loss_BC, pullback = jax.vjp(lambda z: cross_entropy(z, labels_BC, options), logits)
+        (d_logits,) = pullback(weights_BC)
+        d_logits = d_logits.astype(x_BSD.dtype).reshape(-1, V)
+        d_kernel += jnp.dot(x_BCD.reshape(-1, D).T, d_logits, preferred_element_type=jnp.float32)
+        d_x = jnp.dot(d_logits, kernel.T).reshape(x_BCD.shape)
+        return (total + jnp.sum(loss_BC * weights_BC), d_kernel), (loss_BC, d_x)
+
+    start = (jnp.float32(0), jnp.zeros((D, V), jnp.float32))
+    (total, d_kernel), (per_token, d_x) = jax.lax.scan(one, start, _split((x_BSD, labels_BS, weights_BS), chunks))
+    per_token = _join(per_token)
+    return (total, per_token), (_join(d_x), d_kernel.astype(kernel_DV.dtype), per_token)
+
+
+def _fused_backward(options, chunks, residuals, cotangents):  # noqa: ANN001, ANN202
+    del options, chunks
+    d_x, d_kernel, per_token = residuals
+    scale, _ = cotangents  # per_token is for reporting; its cotangent is zero
+    return (d_x * scale.astype(d_x.dtype), d_kernel * scale.astype(d_kernel.dtype), None, per_token * scale)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _logits(x_BCD: Array, kernel_DV: Array) -> Array:
+    flat = x_BCD.reshape(-1, x_BCD.shape[-1])
+    logits = jnp.dot(flat, kernel_DV, preferred_element_type=jnp.float32)
+    return logits.reshape(*x_BCD.shape[:-1], kernel_DV.shape[-1])
+
+
+def _split(arrays: tuple[Array, ...], chunks: int) -> tuple[Array, ...]:
+    # Along the sequence, so that a batch sharded over devices stays evenly spread in every chunk.
+    def split(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)
+
+    return tuple(split(a) for a in arrays)
+
+
+def _join(a: Array) -> Array:
+    a = jnp.moveaxis(a, 0, 1)
+    return a.reshape(a.shape[0], a.shape[1] * a.shape[2], *a.shape[3:])

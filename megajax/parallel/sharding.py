@@ -1,0 +1,143 @@
+"""The one table from logical axes to mesh axes, and what is done with it: constraints, shardings, validation."""
+
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from megajax.config import ConfigError, ParallelConfig, TransformerConfig
+
+Array = jax.Array
+MeshAxes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Logical axis -> mesh axes, for parameters and activations (`table`) and for the optimizer state."""
+
+    table: Mapping[str, MeshAxes]
+    optimizer_table: Mapping[str, MeshAxes]
+
+
+def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
+    """The table. Nothing else in megajax names a mesh axis for a tensor."""
+    data: MeshAxes = ("dp", "ep")
+    tp = parallel.tensor_model_parallel_size
+    # Fewer key/value heads than shards: every shard keeps all of them and reads the one it needs.
+    kv: MeshAxes = ("tp",) if (model.num_query_groups or tp) % tp == 0 else ()
+    table: dict[str, MeshAxes] = {
+        # activations
+        "batch": data,
+        "seq": ("cp",),
+        "residual_seq": ("cp", "tp") if parallel.sequence_parallel else ("cp",),
+        "act_embed": (),
+        "act_heads": ("tp",),
+        "act_kv_heads": kv,
+        "act_mlp": ("tp",),
+        "act_vocab": ("tp",),
+        # parameters
+        "layers": ("pp",),
+        "vocab": ("tp",),
+        "embed": data if parallel.zero == 3 else (),
+        "heads": ("tp",),
+        "kv_heads": kv,
+        "mlp": ("tp",),
+        "head_dim": (),
+        "norm": (),
+        "positions": (),
+    }
+    return AxisRules(table, table | {"embed": data if parallel.zero >= 1 else ()})
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Tells XLA how x is laid out, one logical axis (or None) a dim. Does nothing without a mesh and a table."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = dict(nn.get_logical_axis_rules())
+    if mesh.empty or not rules:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(axes, rules, where="an activation"))
+
+
+def _spec(axes: tuple[str | None, ...], table: Mapping[str, Any], *, where: str) -> PartitionSpec:
+    unknown = [axis for axis in axes if axis is not None and axis not in table]
+    if unknown:
+        raise ConfigError(
+            f"{where}: logical axis {unknown[0]!r} is not in the sharding table; known: {', '.join(table)}"
+        )
+    entries = [() if axis is None else table[axis] for axis in axes]
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else (entry or None) for entry in entries))
+
+
+def logical_axes(boxed: Any) -> Any:
+    """The tree of logical axis names of a boxed tree, as `model.init` returns it: a tuple of names for each leaf."""
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether `leaf` is a parameter that carries its logical axes."""
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def partition_specs(boxed: Any, table: Mapping[str, MeshAxes], mesh: Mesh) -> Any:
+    """The partition spec of every parameter.
+
+    Linen alone would replicate a parameter whose axis is misspelt, and drop a mesh axis that is used twice; here both
+    raise.
+
+    Args:
+      boxed: shapes and logical axes of the parameters: `jax.eval_shape(model.init, ...)` before `nn.unbox`.
+
+    Raises:
+      ConfigError: a parameter without axes, an unknown axis, a mesh axis used twice, or a size that does not divide.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _parameter_spec(path, leaf, table, mesh), boxed, is_leaf=is_box
+    )
+
+
+def _parameter_spec(path: Any, leaf: Any, table: Mapping[str, MeshAxes], mesh: Mesh) -> PartitionSpec:
+    where = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    if not is_box(leaf):
+        raise ConfigError(f"{where}: has no logical axes; create it with nn.with_logical_partitioning")
+    spec = _spec(leaf.names, table, where=where)
+    used: list[str] = []
+    for dim, (axis, size) in enumerate(zip(leaf.names, leaf.value.shape, strict=True)):
+        mesh_axes = () if axis is None else table[axis]
+        shards = math.prod(mesh.shape[m] for m in mesh_axes)
+        if size % shards:
+            raise ConfigError(
+                f"{where}: dim {dim} ({axis}) has size {size}, not divisible by {'x'.join(mesh_axes)}={shards};"
+                " change the size or the mesh"
+            )
+        used += mesh_axes
+    if len(set(used)) != len(used):
+        raise ConfigError(f"{where}: logical axes {leaf.names} use a mesh axis twice; change the sharding table")
+    return spec
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """Partition specs to named shardings on `mesh`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
+    """Raises ConfigError where the model cannot be divided as `parallel` says."""
+    tp = parallel.tensor_model_parallel_size
+    for name, size in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+        ("make_vocab_size_divisible_by", model.padded_vocab_size),
+    ):
+        if (size or 0) % tp:
+            raise ConfigError(f"{name}={size} is not divisible by tensor_model_parallel_size={tp}; change one of them")
+    groups = model.num_query_groups or tp
+    if groups % tp and tp % groups:
+        raise ConfigError(
+            f"num_query_groups={groups} neither divides nor is divided by tensor_model_parallel_size={tp};"
+            " change one of them"
+        )

@@ -1,0 +1,191 @@
+"""A stack of layers and the norm after it: scanned, recomputed as asked, its parameters stacked [L, ...]."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S sequence, D hidden
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from megajax.config import ConfigError, TransformerConfig
+from megajax.ops.attention import AttentionMask
+from megajax.ops.rope import Rotary
+from megajax.parallel.sharding import is_box
+from megajax.spec import Builder
+from megajax.transformer.stack import Segment, Stack, fold_layers
+
+Array = jax.Array
+Tree = Any
+
+
+def stack_layout(config: TransformerConfig, layer_specs: Sequence[Builder]) -> tuple[Segment, ...]:
+    """Which layers share a stack: those whose spec and whose resolved config are equal."""
+    return fold_layers([(spec, config.for_layer(i)) for i, spec in enumerate(layer_specs)])
+
+
+class LayerInputs(NamedTuple):
+    """What every layer of a block receives beside the residual stream; see `TransformerLayer`."""
+
+    mask: AttentionMask
+    rotary: Rotary | None = None
+    context: Array | None = None
+    context_mask: AttentionMask | None = None
+
+
+class TransformerBlock(nn.Module):
+    """Layers `layer_specs[0]`, `layer_specs[1]`, ... and a final norm. x [B, S, D] -> [B, S, D].
+
+    The layers' parameters are held here, stacked, and each layer is applied as a pure function of its slice. So the
+    order of execution (scan, recomputation in groups, later a pipeline) is free and the parameter tree is not touched
+    by it. Layer i draws its dropout from a key folded with i, whatever runs it.
+
+    Attributes:
+      layer_specs: one builder for each layer.
+      layer_norm: builder of the final norm, or None.
+    """
+
+    config: TransformerConfig
+    layer_specs: tuple[Builder, ...]
+    layer_norm: Builder | None = None
+
+    @nn.compact
+    def __call__(self, x_BSD: Array, inputs: LayerInputs, *, decode: bool = False, deterministic: bool = True) -> Array:
+        cfg = self.config
+        if len(self.layer_specs) != cfg.num_layers:
+            raise ConfigError(f"{len(self.layer_specs)} layer specs for num_layers={cfg.num_layers}; give one a layer")
+        run = _Run(
+            inputs=inputs,
+            decode=decode,
+            deterministic=deterministic,
+            dropout_key=None if deterministic else self.make_rng("dropout"),
+            recorded=self.is_mutable_collection("intermediates") and not self.is_initializing(),
+        )
+        for segment in stack_layout(cfg, self.layer_specs):
+            layers = [self._layer(stack) for stack in segment.stacks]
+            variables = tuple(
+                self._variables(stack, layer, x_BSD, run) for stack, layer in zip(segment.stacks, layers, strict=True)
+            )
+            if self.is_initializing():
+                continue  # parameters do not depend on the activations; their shapes are all that init needs
+            x_BSD, (caches, outputs) = _run_segment(segment, layers, variables, x_BSD, run, cfg)
+            for stack, cache, output in zip(segment.stacks, caches, outputs, strict=True):
+                if decode:
+                    self.put_variable("cache", stack.name, cache)
+                self.sow("intermediates", stack.name, output)
+        if self.layer_norm is not None:
+            x_BSD = self.layer_norm(config=cfg, name="final_layernorm")(x_BSD)
+        return x_BSD.astype(jnp.dtype(cfg.compute_dtype))
+
+    def _layer(self, stack: Stack) -> nn.Module:
+        return self.layer_specs[stack.first](config=self.config.for_layer(stack.first), parent=None)
+
+    def _variables(self, stack: Stack, layer: nn.Module, x_BSD: Array, run: "_Run") -> dict[str, Tree]:
+        def init_one(key: Array) -> Tree:
+            return layer.init(key, x_BSD, **run.layer_arguments())
+
+        def init(key: Array, collection: str) -> Tree:
+            keys = jax.vmap(partial(jax.random.fold_in, key))(_layer_indices(stack))
+            # Under jit the forward passes that init runs are dead code.
+            stacked = jax.jit(jax.vmap(lambda k: init_one(k).get(collection, {})))(keys)
+            return jax.tree.map(_add_layers_axis, stacked, is_leaf=is_box)
+
+        variables = {"params": self.param(stack.name, init, "params")}
+        if run.decode:
+            key = self.make_rng("params") if self.is_initializing() else None
+            cache = self.variable("cache", stack.name, init, key, "cache")
+            variables["cache"] = cache.value
+        return variables
+
+
+class _Run(NamedTuple):
+    """How the layers are called this time."""
+
+    inputs: LayerInputs
+    decode: bool
+    deterministic: bool
+    dropout_key: Array | None
+    recorded: bool
+
+    def layer_arguments(self) -> dict[str, Any]:
+        given = {name: value for name, value in self.inputs._asdict().items() if value is not None}
+        return given | {"decode": self.decode, "deterministic": self.deterministic}
+
+
+def _layer_indices(stack: Stack) -> Array:
+    return stack.first + stack.period * jnp.arange(stack.repeats)
+
+
+def _add_layers_axis(leaf: Any) -> Any:
+    return leaf.replace(names=("layers", *leaf.names)) if is_box(leaf) else leaf
+
+
+def _apply_layer(layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, index: Array) -> tuple[Array, Tree]:
+    rngs = None if run.dropout_key is None else {"dropout": jax.random.fold_in(run.dropout_key, index)}
+    if not run.decode:
+        return layer.apply(variables, x_BSD, rngs=rngs, **run.layer_arguments()), None
+    x_BSD, updated = layer.apply(variables, x_BSD, rngs=rngs, mutable=["cache"], **run.layer_arguments())
+    return x_BSD, updated["cache"]
+
+
+Step = Callable[[Array, Tree], tuple[Array, Tree]]
+"""One period of a segment: (x, (variables and index of each of its layers)) -> (x, (caches, outputs))."""
+
+
+def _run_segment(
+    segment: Segment, layers: Sequence[nn.Module], variables: Tree, x_BSD: Array, run: _Run, config: TransformerConfig
+) -> tuple[Array, Tree]:
+    def step(x_BSD: Array, period: Tree) -> tuple[Array, Tree]:
+        caches, outputs = [], []
+        for layer, layer_variables, index in zip(layers, *period, strict=True):
+            x_BSD, cache = _apply_layer(layer, run, layer_variables, x_BSD, index)
+            caches.append(cache)
+            outputs.append(x_BSD if run.recorded else None)
+        return x_BSD, (tuple(caches), tuple(outputs))
+
+    xs = (variables, tuple(_layer_indices(stack) for stack in segment.stacks))
+    width = len(segment.stacks)
+    if config.recompute_granularity != "full":
+        return jax.lax.scan(step, x_BSD, xs)
+    asked = config.recompute_num_layers or 1
+    if config.recompute_method == "uniform":
+        return _scan_in_groups(step, x_BSD, xs, group=max(1, asked // width))
+    # "block": the first layers of the whole stack are recomputed, the others keep their activations.
+    first = -(-max(0, asked - segment.stacks[0].first) // width)
+    return _scan_parts(x_BSD, xs, [(jax.checkpoint(step, prevent_cse=False), first), (step, segment.repeats)])
+
+
+def _scan_in_groups(step: Step, x_BSD: Array, xs: Tree, *, group: int) -> tuple[Array, Tree]:
+    """Scans with only the input of every `group` periods kept; the rest is recomputed."""
+    length = jax.tree.leaves(xs)[0].shape[0]
+    group = min(group, length)
+
+    def run_group(x_BSD: Array, inner: Tree) -> tuple[Array, Tree]:
+        return jax.checkpoint(lambda x, i: jax.lax.scan(step, x, i), prevent_cse=False)(x_BSD, inner)
+
+    whole = length - length % group
+    folded = jax.tree.map(lambda a: a[:whole].reshape(whole // group, group, *a.shape[1:]), xs)
+    x_BSD, ys = jax.lax.scan(run_group, x_BSD, folded)
+    ys = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), ys)
+    if whole == length:
+        return x_BSD, ys
+    x_BSD, last = run_group(x_BSD, jax.tree.map(lambda a: a[whole:], xs))
+    return x_BSD, _concatenate([ys, last])
+
+
+def _scan_parts(x_BSD: Array, xs: Tree, parts: Sequence[tuple[Step, int]]) -> tuple[Array, Tree]:
+    """Scans consecutive parts of xs, each (step, its end), with their own step."""
+    start, results = 0, []
+    for step, end in parts:
+        end = min(max(end, start), jax.tree.leaves(xs)[0].shape[0])
+        if end > start:
+            x_BSD, ys = jax.lax.scan(step, x_BSD, jax.tree.map(lambda a, s=start, e=end: a[s:e], xs))
+            results.append(ys)
+        start = end
+    return x_BSD, _concatenate(results)
+
+
+def _concatenate(trees: Sequence[Tree]) -> Tree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)

@@ -1,0 +1,101 @@
+"""One transformer layer: norm, attention, add, norm, MLP, add."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S sequence, T context length, D hidden
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from megajax.config import TransformerConfig
+from megajax.ops.attention import AttentionMask
+from megajax.ops.rope import Rotary
+from megajax.parallel.sharding import constrain
+from megajax.spec import Builder
+from megajax.transformer.recompute import recomputed
+
+Array = jax.Array
+
+
+class BiasDropoutAdd(nn.Module):
+    """`residual + dropout(x)`. The bias of Megatron's bias-dropout-add is already in x: XLA fuses the three."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: Array, residual_BSD: Array, *, deterministic: bool = True) -> Array:
+        x_BSD = nn.Dropout(self.config.hidden_dropout, deterministic=deterministic)(x_BSD)
+        return constrain(residual_BSD + x_BSD, "batch", "residual_seq", "act_embed")
+
+
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
+class TransformerLayerSubmodules:
+    """Slots of `TransformerLayer`; a sublayer that is None is left out together with its norm."""
+
+    input_layernorm: Builder | None = None
+    self_attention: Builder | None = None
+    self_attn_bda: Builder = BiasDropoutAdd
+    pre_cross_attn_layernorm: Builder | None = None
+    cross_attention: Builder | None = None
+    cross_attn_bda: Builder = BiasDropoutAdd
+    pre_mlp_layernorm: Builder | None = None
+    mlp: Builder | None = None
+    mlp_bda: Builder = BiasDropoutAdd
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + cross_attention(norm(x), context) if there is one, then x + mlp(norm(x)).
+
+    With `apply_residual_connection_post_layernorm` the residual is the norm's output instead of its input.
+    Megatron: `core/transformer/transformer_layer.py`.
+    """
+
+    config: TransformerConfig
+    submodules: TransformerLayerSubmodules
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: Array,
+        *,
+        mask: AttentionMask,
+        rotary: Rotary | None = None,
+        context: Array | None = None,
+        context_mask: AttentionMask | None = None,
+        decode: bool = False,
+        deterministic: bool = True,
+    ) -> Array:
+        """x [B, S, D] -> [B, S, D]; context [B, T, E] feeds the cross-attention."""
+        cfg, sub = self.config, self.submodules
+
+        if sub.self_attention is not None:
+            y_BSD, residual_BSD = self._norm(sub.input_layernorm, "input_layernorm", x_BSD)
+            attention = sub.self_attention(config=cfg, name="self_attention")
+            y_BSD = attention(y_BSD, mask=mask, rotary=rotary, decode=decode, deterministic=deterministic)
+            x_BSD = sub.self_attn_bda(config=cfg, name="self_attn_bda")(
+                y_BSD, residual_BSD, deterministic=deterministic
+            )
+
+        if sub.cross_attention is not None:
+            y_BSD, residual_BSD = self._norm(sub.pre_cross_attn_layernorm, "pre_cross_attn_layernorm", x_BSD)
+            attention = sub.cross_attention(config=cfg, name="cross_attention")
+            y_BSD = attention(y_BSD, context, mask=context_mask or AttentionMask(), deterministic=deterministic)
+            x_BSD = sub.cross_attn_bda(config=cfg, name="cross_attn_bda")(
+                y_BSD, residual_BSD, deterministic=deterministic
+            )
+
+        if sub.mlp is not None:
+            y_BSD, residual_BSD = self._norm(sub.pre_mlp_layernorm, "pre_mlp_layernorm", x_BSD)
+            y_BSD = recomputed(sub.mlp(config=cfg, name="mlp"), "mlp", cfg)(y_BSD)
+            x_BSD = sub.mlp_bda(config=cfg, name="mlp_bda")(y_BSD, residual_BSD, deterministic=deterministic)
+        return x_BSD
+
+    def _norm(self, build: Builder | None, name: str, x_BSD: Array) -> tuple[Array, Array]:
+        """(input of the sublayer in the compute dtype, residual)."""
+        cfg = self.config
+        y_BSD = x_BSD
+        if build is not None:
+            y_BSD = recomputed(build(config=cfg, name=name), "layernorm", cfg)(x_BSD)
+        residual_BSD = y_BSD if cfg.apply_residual_connection_post_layernorm else x_BSD
+        return y_BSD.astype(jnp.dtype(cfg.compute_dtype)), residual_BSD
