@@ -1,0 +1,205 @@
+"""The tables of flags: every field has one flag, every flag sets its field, and the help shows them all."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import pytest
+
+from megajax import cli, cli_flags
+from megajax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TransformerConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TasteConfig(TransformerConfig):
+    """A family with a field of its own."""
+
+    # Taste
+    num_tastes: int = 5
+    """How many tastes there are. And what they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A record as the registry has them."""
+
+    name: str
+    config_type: type[TransformerConfig]
+    default: Config
+    presets: Mapping[str, Callable[[], TransformerConfig]]
+
+
+DEFAULT = Config(model_family="gpt", model=TransformerConfig(num_layers=2, hidden_size=48, num_attention_heads=4))
+TASTE = Config(model_family="taste", model=TasteConfig(num_layers=1, hidden_size=32, num_attention_heads=2))
+
+
+def _preset() -> TransformerConfig:
+    return DEFAULT.model.replace(ffn_hidden_size=96)
+
+
+FAMILIES = {
+    "gpt": Family("gpt", TransformerConfig, DEFAULT, {"narrow": _preset}),
+    "taste": Family("taste", TasteConfig, TASTE, {}),
+}
+
+
+@pytest.mark.parametrize("config_type", [TransformerConfig, TasteConfig])
+def test_flags_are_unique(config_type: type[TransformerConfig]) -> None:
+    names = Counter(
+        field.name
+        for owner in cli_flags.group_types(config_type).values()
+        for field in dataclasses.fields(owner)
+        if field.init
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+    flags = [cli_flags.spell(name) for name in names]
+    flags += ["--no-" + f.name.replace("_", "-") for f in cli_flags.flags_of(config_type).values() if f.is_bool]
+    others = [*cli_flags.CONTROL, *cli_flags.ALIASES, *cli_flags.SWITCHES, *cli_flags.RECORD_FILES]
+    assert [flag for flag, count in Counter(flags + others).items() if count > 1] == []
+
+
+def test_tables_name_fields_that_exist() -> None:
+    flags = cli_flags.flags_of(TransformerConfig)
+    named = {*cli_flags.ALIASES.values(), *cli_flags.RECORD_FILES.values()}
+    named |= {field for changes in cli_flags.SWITCHES.values() for field in changes}
+    named |= {name for row in cli_flags.NO_EFFECT for name in row.names if not name.startswith("--")}
+    assert named - flags.keys() == set()
+
+
+# Words for each type, with what they mean; other fields may be needed to make the value legal.
+SAMPLES = {int: ("6", 6), float: ("0.5", 0.5), str: ("words", "words")}
+SPECIAL = {
+    "window_size": ("3 0", (3, 0)),
+    "window_attn_skip_freq": ("1 0", (1, 0)),
+    "no_rope_freq": ("2", 2),
+    "rope_short_factor": ("1 2 3", (1.0, 2.0, 3.0)),
+    "rope_long_factor": ("1 2 3", (1.0, 2.0, 3.0)),
+    "recompute_modules": ("mlp layernorm", ("mlp", "layernorm")),
+    "split": ("1,1,1", "1,1,1"),
+    "data": ("a b", ("a", "b")),
+    "rampup_batch_size": ("1 2 3", (1, 2, 3)),
+    "spike_factor": ("2", 2.0),
+    "num_attention_heads": ("8", 8),
+    "num_query_groups": ("2", 2),
+    "hidden_size": ("96", 96),
+    "num_layers": ("4", 4),
+    "rope_scaling_type": ("llama3", "llama3"),
+    "recompute_granularity": ("full", "full"),
+}
+
+
+def _sample(flag: cli_flags.Flag) -> tuple[list[str], Any]:
+    """Words that set the field to something else than its default, and that value."""
+    if flag.name in SPECIAL:
+        words, value = SPECIAL[flag.name]
+        return [cli_flags.spell(flag.name), *words.split()], value
+    if flag.is_bool:
+        old = getattr(getattr(DEFAULT, flag.group), flag.name)
+        return [cli_flags.spell(flag.name).replace("--", "--no-" if old else "--", 1)], not old
+    choices = [choice for part in (flag.annotation, *get_args(flag.annotation)) for choice in get_args(part)]
+    plain = next((kind for kind in SAMPLES if kind in (flag.annotation, *get_args(flag.annotation))), None)
+    words, value = SAMPLES[plain] if plain else (str(choices[-1]), choices[-1])
+    return [cli_flags.spell(flag.name), words], value
+
+
+ENABLERS = {
+    "--position-embedding-type rope": (
+        "rotary_base rotary_percent rotary_interleaved seq_len_interpolation_factor rope_scaling_type no_rope_freq"
+    ),
+    "--position-embedding-type rope --rope-scaling-type llama3": (
+        "rope_scaling_factor rope_low_freq_factor rope_high_freq_factor rope_original_max_position_embeddings"
+    ),
+    "--position-embedding-type rope --rope-scaling-type longrope --rotary-percent 0.5 --rope-short-factor 3 2 1": (
+        "rope_long_factor"
+    ),
+    "--position-embedding-type rope --rope-scaling-type longrope --rotary-percent 0.5 --rope-long-factor 3 2 1": (
+        "rope_short_factor"
+    ),
+    "--position-embedding-type yarn": (
+        "rope_attention_factor yarn_rotary_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast"
+        " yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_correction_range_round_to_int"
+    ),
+    "--window-size 3 0": "window_attn_skip_freq",
+    "--disable-bias-linear": "add_qkv_bias",
+    "--swiglu": "glu_linear_offset activation_func_clamp_value",
+    "--fp16": "fp32_residual_connection loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis",
+    "--recompute-method uniform --recompute-num-layers 1": "recompute_granularity",
+    "--recompute-granularity full --recompute-num-layers 1": "recompute_method",
+    "--recompute-granularity full --recompute-method block": "recompute_num_layers",
+    "--recompute-activations": "recompute_modules",
+    "--qk-layernorm": "apply_wd_to_qk_layernorm",
+    "--tp 2": "sequence_parallel",
+    "--optimizer sgd": "sgd_momentum",
+    "--optimizer lion": "lion_beta1 lion_beta2",
+    "--optimizer muon": (
+        "muon_momentum muon_use_nesterov muon_num_ns_steps muon_coefficient_type muon_scale_mode"
+        " muon_extra_scale_factor muon_scalar_optimizer"
+    ),
+    "--lr 1": "min_lr",
+    "--lr-warmup-iters 2": "lr_warmup_init",
+    "--lr-decay-style WSD": "lr_wsd_decay_iters lr_wsd_decay_samples",
+    "--lr-wsd-decay-iters 3": "lr_decay_style",
+    "--lr-wsd-decay-iters 3 --lr-decay-style WSD": "lr_wsd_decay_style",
+    "--decoupled-lr 1": "decoupled_min_lr",
+    "--start-weight-decay 0.1 --end-weight-decay 0.2": "weight_decay_incr_style",
+    "--weight-decay-incr-style linear --end-weight-decay 0.2": "start_weight_decay",
+    "--weight-decay-incr-style linear --start-weight-decay 0.1": "end_weight_decay",
+    "--data a.jsonl": "json_key",
+    "--load there": "finetune",
+    "--profile-step-start 1": "profile_step_end",
+}
+"""What the command line must also say -> the fields that do something only then."""
+
+
+@pytest.mark.parametrize("name", [n for n, f in cli_flags.flags_of(TransformerConfig).items() if not f.is_record])
+def test_every_field_is_reachable(name: str) -> None:
+    flag = cli_flags.flags_of(TransformerConfig)[name]
+    words, value = _sample(flag)
+    also = [word for line, names in ENABLERS.items() if name in names.split() for word in line.split()]
+    config = cli.parse([*also, *words], prog="train", families=FAMILIES)
+    assert getattr(getattr(config, flag.group), name) == value
+
+
+@pytest.mark.parametrize("line", ["--help", "-h", "--preset narrow --help", "--model taste --help"])
+def test_help(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(line.split(), prog="train", families=FAMILIES)
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert len(lines) <= 220
+    assert max(map(len, lines)) <= 120
+    for heading in ("program", "model: attention", "parallel", "optimizer", "data", "checkpoint", "train"):
+        assert heading in lines
+    config_type = FAMILIES["taste" if "taste" in line else "gpt"].config_type
+    for name, flag in cli_flags.flags_of(config_type).items():
+        assert flag.is_record or cli_flags.spell(name)[2:] in text
+    width = {"--help": "[192]", "-h": "[192]", "--preset narrow --help": "[96]", "--model taste --help": "[128]"}
+    assert next(row for row in lines if "--ffn-hidden-size" in row).endswith(width[line])
+    assert ("model: taste" in lines) == ("taste" in line)
+    assert "Key/value heads (GQA); 1 is MQA [" in text
+
+
+def test_groups_of_the_default_are_the_config_classes() -> None:
+    groups = cli_flags.group_types(TransformerConfig)
+    assert groups == {
+        "model": TransformerConfig,
+        "parallel": ParallelConfig,
+        "optimizer": OptimizerConfig,
+        "data": DataConfig,
+        "checkpoint": CheckpointConfig,
+        "train": TrainConfig,
+    }
