@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
@@ -68,7 +69,7 @@ class _Given:
     """The fields it sets."""
 
     def __str__(self) -> str:
-        return " ".join((self.flag, *self.words))
+        return shlex.join((self.flag, *self.words))
 
 
 def parse(argv: Sequence[str], *, prog: str, families: Families) -> Config:
@@ -88,14 +89,14 @@ def parse(argv: Sequence[str], *, prog: str, families: Families) -> Config:
     """
     control, given = _split_control(_scan(argv))
     if "--version" in control:
-        print(f"megajax {__version__}")
+        print(f"megajax {__version__}", flush=True)
         raise SystemExit(0)
     path = control.get("--config")
     data = read_json(path) if path is not None else {}
     family = _choose_family(control, data, families)
     base = _preset(family, control["--preset"]) if "--preset" in control else family.default
     if "--help" in control:
-        print(cli_help.help_text(prog, {name: tuple(f.presets) for name, f in families.items()}, base))
+        print(cli_help.help_text(prog, {name: tuple(f.presets) for name, f in families.items()}, base), flush=True)
         raise SystemExit(0)
     values = values_from_json(data, family.config_type, source=str(path))
     flags = cli_flags.flags_of(family.config_type)
@@ -108,10 +109,10 @@ def parse(argv: Sequence[str], *, prog: str, families: Families) -> Config:
     values |= _merge(given)
     try:
         config = _apply(base, _with_records(base, values), flags)
-        config = _fill_swiglu_width(config, given, values)
+        config = _fill_swiglu_width(config, given)
     except ConfigError as error:
         raise ConfigError(_as_flags(str(error), flags)) from None
-    _refuse_no_effect(given, config)
+    _refuse_no_effect(given, config, flags)
     if ignored:
         print(f"warning: ignored, because JAX has no use for it: {', '.join(dict.fromkeys(ignored))}", file=sys.stderr)
     return config
@@ -326,10 +327,9 @@ def _apply(base: Config, values: Mapping[str, Any], flags: Mapping[str, Flag]) -
     return dataclasses.replace(base, model=model, **groups)
 
 
-def _fill_swiglu_width(config: Config, given: Sequence[_Given], values: Mapping[str, Any]) -> Config:
+def _fill_swiglu_width(config: Config, given: Sequence[_Given]) -> Config:
     """Megatron's `--swiglu` also narrows the MLP to two thirds, in multiples of 64, where its width is not given."""
-    derived = "ffn_hidden_size" in config.model._derived and "ffn_hidden_size" not in values
-    if not (derived and any(g.flag == "--swiglu" for g in given)):
+    if "ffn_hidden_size" not in config.model._derived or all(g.flag != "--swiglu" for g in given):
         return config
     width = config.model.hidden_size * 8 // 3 // 64 * 64
     return dataclasses.replace(config, model=config.model.replace(ffn_hidden_size=width))
@@ -345,10 +345,9 @@ def _as_flags(message: str, flags: Mapping[str, Flag]) -> str:
     return re.sub(r"\b([a-z]\w*)(=?)", flag, message)
 
 
-def _refuse_no_effect(given: Sequence[_Given], config: Config) -> None:
+def _refuse_no_effect(given: Sequence[_Given], config: Config, flags: Mapping[str, Flag]) -> None:
     for g in given:
-        # Switching off what is off anyway is no mistake.
-        names = {k for k, v in g.changes.items() if v is not None and v is not False and v != "none"} | {g.flag}
+        names = {name for name, value in g.changes.items() if not flags[name].is_off(value)} | {g.flag}
         for row in cli_flags.NO_EFFECT:
             if not names.isdisjoint(row.names) and not row.works(config):
                 raise ConfigError(f"{g} has no effect: {row.fix}")

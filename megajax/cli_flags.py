@@ -21,11 +21,17 @@ class Flag:
     """Field of `Config` that holds the group."""
     owner: type
     annotation: Any
+    default: Any
+    """What the dataclass says, not the model family."""
 
     @property
     def is_bool(self) -> bool:
         """Written `--flag` / `--no-flag`, without a value."""
         return bool in (self.annotation, *get_args(self.annotation))
+
+    def is_off(self, value: Any) -> bool:
+        """Whether `value` leaves a thing switched off that is off by default."""
+        return self.default == value and (value is None or value is False or value == "none")
 
     @property
     def is_record(self) -> bool:
@@ -54,7 +60,7 @@ def flags_of(config_type: type[TransformerConfig]) -> dict[str, Flag]:
         hints = get_type_hints(owner)
         for field in dataclasses.fields(owner):
             if field.init:
-                flags[field.name] = Flag(field.name, group, owner, hints[field.name])
+                flags[field.name] = Flag(field.name, group, owner, hints[field.name], field.default)
     return flags
 
 
@@ -252,6 +258,11 @@ NO_EFFECT: tuple[NoEffect, ...] = (
         "it needs --position-embedding-type yarn",
     ),
     NoEffect(
+        ("reset_position_ids",),
+        lambda c: c.model.position_embedding_type != "none",
+        "there are no positions; it needs another --position-embedding-type than none",
+    ),
+    NoEffect(
         ("--no-position-embedding",),
         lambda c: c.model.position_embedding_type != "learned_absolute",
         "it needs --position-embedding-type rope, yarn or none",
@@ -360,4 +371,4 @@ NO_EFFECT: tuple[NoEffect, ...] = (
         ("sample_prompt",), lambda c: c.train.sample_tokens > 0, "no text is printed; it needs --sample-tokens above 0"
     ),
 )
-"""Settings that a user gives and nothing would read are mistakes. Switching something off is never one."""
+"""Settings that a user gives and nothing would read are mistakes. Leaving something off is none."""

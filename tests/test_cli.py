@@ -119,6 +119,9 @@ GOOD = [
         gated_linear_unit=True, activation_func="silu", ffn_hidden_size=128, glu_linear_offset=1.0
     )),
     ("--preset llama-tiny --swiglu", LLAMA),
+    ("--preset llama-tiny --swiglu --ffn-hidden-size None", dataclasses.replace(
+        LLAMA, model=_llama().replace(ffn_hidden_size=128)
+    )),
     ("--squared-relu", model(activation_func="squared_relu")),
     ("--quick-geglu", model(activation_func="quick_gelu", gated_linear_unit=True)),
     ("--disable-bias-linear --add-qkv-bias", model(add_bias_linear=False, add_qkv_bias=True)),
@@ -190,6 +193,7 @@ BAD = [
     ("--num-layers 2 3", "--num-layers 2 3 is not valid: expected INT"),
     ("--num-layers 1.5", "--num-layers 1.5 is not valid: expected INT"),
     ("--lr fast", "--lr fast is not valid: expected FLOAT"),
+    ("--lr=", "--lr '' is not valid: expected FLOAT"),
     ("--lr nan", "--lr nan is not valid: expected FLOAT"),
     ("--window-size 127", "--window-size 127 is not valid: expected INT INT"),
     ("--window-attn-skip-freq 1.5", "--window-attn-skip-freq 1.5 is not valid: expected INT or INT ..."),
@@ -256,6 +260,10 @@ BAD = [
         "--position-embedding-type rope --rope-low-freq-factor 2",
         "--rope-low-freq-factor 2 has no effect: it needs --position-embedding-type rope and"
         " --rope-scaling-type llama3",
+    ),
+    (
+        "--no-yarn-correction-range-round-to-int",
+        "--no-yarn-correction-range-round-to-int has no effect: it needs --position-embedding-type yarn",
     ),
     ("--group-query-attention", "--group-query-attention has no effect: it needs --num-query-groups"),
     (
@@ -365,7 +373,7 @@ def test_config_file_lies_between_flags_and_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"modell": {}}, "config: modell is unknown; did you mean model?"),
+        ({"model_": {}}, "config: model_ is unknown; did you mean model?"),
         ({"model": {"hiden_size": 4}}, "config: model.hiden_size is unknown; did you mean hidden_size?"),
         ({"model": {"hidden_size": "4"}}, 'config: model.hidden_size="4" is not valid: expected INT'),
         ({"model": {"hidden_size": True}}, "config: model.hidden_size=true is not valid: expected INT"),
@@ -444,11 +452,14 @@ def test_a_mistake_is_one_line_and_exit_code_2() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --model x is unknown; there is\n")
 
 
-def test_a_closed_pipe_is_quiet() -> None:
+@pytest.mark.parametrize(
+    "call", ["print('x' * 100000)", "print('x')", "cli.parse(['--version'], prog='', families={})"]
+)
+def test_a_closed_pipe_is_quiet(call: str) -> None:
     code = (
         "import os, sys; from megajax import cli\n"
         "read, write = os.pipe(); os.dup2(write, 1); os.close(write); os.close(read)\n"
-        "cli.run_main(lambda argv: print('x' * 100000))"
+        f"cli.run_main(lambda argv: {call})"
     )
     done = _python(code)
     assert (done.returncode, done.stderr) == (141, "")
