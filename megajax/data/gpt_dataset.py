@@ -156,7 +156,7 @@ class GPTDataset:
         return text
 
     def token_frequencies(self, vocab_size: int) -> np.ndarray:
-        """float64[vocab_size]: the share of each id in this split's documents, or in the first of them if it is large."""
+        """float64[vocab_size]: the share of each id in this split's documents, or in the first of them if many."""
         counts, seen = np.zeros(vocab_size, np.int64), 0
         for document in self.documents:
             ids = np.asarray(self.tokens.get(int(document)))

@@ -110,7 +110,7 @@ def test_foreign_token_id_is_named():
     with pytest.raises(ConfigError, match=r"data=memory holds token id 12, but the tokenizer has vocab_size=12"):
         dataset[0]
     with pytest.raises(ConfigError, match="token id -1"):
-        GPTDataset(_memory([1, -1, 2]), np.arange(1), 1, config).token_counts(12)
+        GPTDataset(_memory([1, -1, 2]), np.arange(1), 1, config).token_frequencies(12)
 
 
 def test_out_of_range_and_empty():
