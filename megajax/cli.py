@@ -106,10 +106,11 @@ def parse(argv: Sequence[str], *, prog: str, families: Families) -> Config:
         )
     ignored = [g.flag for g in given if _is_ignored(g.flag, flags)]
     given = [_interpret(g, flags, family.name, families) for g in given if g.flag not in ignored]
-    values |= _merge(given)
+    values = _override(values, _merge(given), flags)
+    swiglu = any(g.flag == "--swiglu" for g in given)
+    values |= _companions(values, base, from_preset="--preset" in control, swiglu=swiglu)
     try:
         config = _apply(base, _with_records(base, values), flags)
-        config = _fill_swiglu_width(config, given)
     except ConfigError as error:
         raise ConfigError(_as_flags(str(error), flags)) from None
     _refuse_no_effect(given, config, flags)
@@ -134,6 +135,7 @@ def from_json(data: Mapping[str, Any], *, families: Families) -> Config:
     """
     family = _choose_family({}, data, families)
     values = values_from_json(data, family.config_type, source="config")
+    values |= _companions(values, family.default)
     return _apply(family.default, values, cli_flags.flags_of(family.config_type))
 
 
@@ -304,6 +306,39 @@ def _merge(given: Sequence[_Given]) -> dict[str, Any]:
     return values
 
 
+def _override(lower: Mapping[str, Any], given: Mapping[str, Any], flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """Flags over the values of a file. A flag also takes back what it excludes, wherever that came from."""
+    replaced = [
+        other
+        for name, value in given.items()
+        if name in cli_flags.REPLACES and not flags[name].is_off(value)
+        for other in cli_flags.REPLACES[name]
+    ]
+    return {**lower, **{name: flags[name].default for name in replaced}, **given}
+
+
+def _companions(
+    values: Mapping[str, Any], base: Config, *, from_preset: bool = False, swiglu: bool = False
+) -> dict[str, Any]:
+    """Values of `min_lr` and `ffn_hidden_size`, where nobody gave them and those of `base` do not suit.
+
+    The least learning rate and the MLP width of a model family's default go with its own learning rate and hidden
+    size; under others they fall back to zero and to the usual width. That is 4 hidden_size, and two thirds of it in
+    multiples of 64 for a gated MLP or after Megatron's `--swiglu`.
+    """
+    found: dict[str, Any] = {}
+    if "lr" in values and "min_lr" not in values:
+        found["min_lr"] = 0.0
+    model = base.model
+    own_width = None if "ffn_hidden_size" in model._derived else model.ffn_hidden_size
+    resized = "hidden_size" in values and "ffn_hidden_size" not in values and own_width is not None and not from_preset
+    if resized or (swiglu and values.get("ffn_hidden_size", own_width) is None):
+        gated = swiglu or values.get("gated_linear_unit", model.gated_linear_unit)
+        size = values.get("hidden_size", model.hidden_size)
+        found["ffn_hidden_size"] = size * 8 // 3 // 64 * 64 if gated else None
+    return found
+
+
 def _with_records(base: Config, values: Mapping[str, Any]) -> dict[str, Any]:
     """Turns the content of a heterogeneous layer file into records, which need sizes of the final model."""
     content = values.get("heterogeneous_layers")
@@ -325,14 +360,6 @@ def _apply(base: Config, values: Mapping[str, Any], flags: Mapping[str, Flag]) -
     model = base.model.replace(**changes.pop("model", {}))
     groups = {group: dataclasses.replace(getattr(base, group), **new) for group, new in changes.items()}
     return dataclasses.replace(base, model=model, **groups)
-
-
-def _fill_swiglu_width(config: Config, given: Sequence[_Given]) -> Config:
-    """Megatron's `--swiglu` also narrows the MLP to two thirds, in multiples of 64, where its width is not given."""
-    if "ffn_hidden_size" not in config.model._derived or all(g.flag != "--swiglu" for g in given):
-        return config
-    width = config.model.hidden_size * 8 // 3 // 64 * 64
-    return dataclasses.replace(config, model=config.model.replace(ffn_hidden_size=width))
 
 
 def _as_flags(message: str, flags: Mapping[str, Flag]) -> str:

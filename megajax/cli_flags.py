@@ -116,7 +116,7 @@ SWITCHES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "--untie-embeddings-and-output-weights": {"share_embeddings_and_output_weights": False},
         "--swiglu": {"gated_linear_unit": True, "activation_func": "silu"},
         "--quick-geglu": {"gated_linear_unit": True, "activation_func": "quick_gelu"},
-        "--squared-relu": {"activation_func": "squared_relu"},
+        "--squared-relu": {"gated_linear_unit": False, "activation_func": "squared_relu"},
         "--disable-bias-linear": {"add_bias_linear": False},
         "--apply-layernorm-1p": {"layernorm_zero_centered_gamma": True},
         "--use-rotary-position-embeddings": {"position_embedding_type": "rope"},
@@ -132,6 +132,21 @@ SWITCHES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 RECORD_FILES: Mapping[str, str] = MappingProxyType({"--heterogeneous-layers-config-path": "heterogeneous_layers"})
 """Flags that name a JSON file with the value of a field."""
 
+_ALTERNATIVES = (
+    ("bf16", "fp16"),
+    ("qk_layernorm", "qk_l2_norm"),
+    ("train_iters", "train_samples"),
+    ("lr_decay_iters", "lr_decay_samples"),
+    ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+)
+
+REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {one: tuple(other for other in group if other != one) for group in _ALTERNATIVES for one in group}
+)
+"""A flag sets these other fields back to the dataclass's default where only a file, a preset or the model family had
+set them: they exclude each other."""
+
 IGNORED: tuple[str, ...] = (
     *("--no-*-fusion", "--moe-permute-fusion", "--cross-entropy-loss-fusion", "--transformer-impl"),
     *("--attention-backend", "--use-flash-attn", "--use-mcore-models", "--use-legacy-models"),
@@ -143,6 +158,7 @@ IGNORED: tuple[str, ...] = (
         "--enable-cuda-graph",
     ),
     *("--tp-comm-overlap*", "--overlap-*", "--nccl-*", "--use-nccl-ub", "--manual-gc*", "--te-rng-tracker"),
+    *("--empty-unused-memory-level",),
     *("--use-persistent-ckpt-worker", "--ckpt-format", "--auto-detect-ckpt-format", "--ckpt-fully-parallel-*"),
     *("--dist-ckpt-strictness", "--no-mmap-bin-files", "--no-create-attention-mask-in-dataloader"),
     *("--accumulate-allreduce-grads-in-fp32", "--timing-log-*", "--log-throughput", "--log-*-to-tensorboard"),

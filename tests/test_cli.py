@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megajax import cli
+from megajax import cli, cli_flags
 from megajax.config import (
     Config,
     ConfigError,
@@ -86,6 +83,41 @@ def group(name: str, **changes: Any) -> Config:
 
 
 LLAMA = dataclasses.replace(DEFAULT, model=_llama())
+
+# Defaults that a user's own values push aside.
+TUNED = dataclasses.replace(
+    FAMILIES["gpt"].default,
+    model=SMALL.replace(ffn_hidden_size=128, gated_linear_unit=True, activation_func="silu", bf16=True),
+    optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_warmup_fraction=0.1),
+    train=TrainConfig(train_samples=100),
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("--lr 1e-4", {"lr": 1e-4, "min_lr": 0.0}),
+        ("--lr 1e-4 --min-lr 1e-5", {"lr": 1e-4, "min_lr": 1e-5}),
+        ("--min-lr 1e-5", {"lr": 1e-2, "min_lr": 1e-5}),
+        ("--lr-warmup-iters 3", {"lr_warmup_iters": 3, "lr_warmup_fraction": None}),
+        ("--lr-warmup-samples 3", {"lr_warmup_samples": 3, "lr_warmup_fraction": None}),
+        ("--fp16", {"fp16": True, "bf16": False}),
+        ("--no-fp16", {"fp16": False, "bf16": True}),
+        ("--train-iters 9", {"train_iters": 9, "train_samples": None}),
+        ("--num-layers 3", {"ffn_hidden_size": 128}),
+        ("--hidden-size 96", {"ffn_hidden_size": 256}),
+        ("--hidden-size 96 --ffn-hidden-size None", {"ffn_hidden_size": 384}),
+        ("--hidden-size 96 --no-gated-linear-unit", {"ffn_hidden_size": 384}),
+        ("--preset llama-tiny --hidden-size 32", {"ffn_hidden_size": 96}),
+    ],
+)
+def test_a_flag_takes_back_defaults_that_do_not_go_with_it(line: str, values: dict[str, Any]) -> None:
+    families = {"gpt": dataclasses.replace(FAMILIES["gpt"], default=TUNED)}
+    config = cli.parse(line.split(), prog="train", families=families)
+    flags = cli_flags.flags_of(TransformerConfig)
+    assert {name: getattr(getattr(config, flags[name].group), name) for name in values} == values
+    assert cli.from_json(cli.to_json(config), families=families) == config
+
 
 GOOD = [
     ("", DEFAULT),
@@ -228,6 +260,7 @@ BAD = [
         "--lr-warmup-fraction=0.1 excludes --lr-warmup-iters and --lr-warmup-samples",
     ),
     # Contradictions between flags.
+    ("--swiglu --squared-relu", "--swiglu and --squared-relu disagree about gated_linear_unit; drop one"),
     ("--swiglu --activation-func relu", "--swiglu and --activation-func relu disagree about activation_func; drop one"),
     (
         "--tp 2 --tensor-model-parallel-size 4",
@@ -403,68 +436,3 @@ def test_unreadable_config_file(content: str, message: str, tmp_path: Path) -> N
     (tmp_path / "c.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ConfigError, match=message):
         parse(f"--config {tmp_path / 'c.json'}")
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse("--version")
-    assert caught.value.code == 0
-    assert capsys.readouterr().out.startswith("megajax ")
-
-
-def test_run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["train", "--x"])
-
-    def exits(main: Callable[[list[str]], int | None]) -> tuple[Any, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.run_main(main)
-        return caught.value.code, capsys.readouterr().err
-
-    def mistake(argv: list[str]) -> None:
-        raise ConfigError(f"no {argv[0]}\nhere")
-
-    def interrupt(argv: list[str]) -> None:
-        raise KeyboardInterrupt
-
-    def bug(argv: list[str]) -> None:
-        raise ValueError("a bug")
-
-    assert exits(lambda argv: None) == (0, "")
-    assert exits(lambda argv: len(argv) + 6) == (7, "")
-    assert exits(mistake) == (2, "error: no --x here\n")
-    assert exits(interrupt) == (130, "interrupted\n")
-    with pytest.raises(ValueError, match="a bug"):
-        cli.run_main(bug)
-
-
-def _python(code: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, **kwargs)
-
-
-def test_a_mistake_is_one_line_and_exit_code_2() -> None:
-    code = (
-        "import sys; from megajax import cli\n"
-        "sys.argv = ['train', '--model', 'x']\n"
-        "cli.run_main(lambda argv: cli.parse(argv, prog='train', families={}) and None)"
-    )
-    done = _python(code)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --model x is unknown; there is\n")
-
-
-@pytest.mark.parametrize(
-    "call", ["print('x' * 100000)", "print('x')", "cli.parse(['--version'], prog='', families={})"]
-)
-def test_a_closed_pipe_is_quiet(call: str) -> None:
-    code = (
-        "import os, sys; from megajax import cli\n"
-        "read, write = os.pipe(); os.dup2(write, 1); os.close(write); os.close(read)\n"
-        f"cli.run_main(lambda argv: {call})"
-    )
-    done = _python(code)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_importing_is_light() -> None:
-    done = _python("import sys, megajax.cli; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])")
-    assert done.stdout == "[]\n", done.stderr

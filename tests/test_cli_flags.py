@@ -73,6 +73,7 @@ def test_flags_are_unique(config_type: type[TransformerConfig]) -> None:
 def test_tables_name_fields_that_exist() -> None:
     flags = cli_flags.flags_of(TransformerConfig)
     named = {*cli_flags.ALIASES.values(), *cli_flags.RECORD_FILES.values()}
+    named |= {name for one, others in cli_flags.REPLACES.items() for name in (one, *others)}
     named |= {field for changes in cli_flags.SWITCHES.values() for field in changes}
     named |= {name for row in cli_flags.NO_EFFECT for name in row.names if not name.startswith("--")}
     assert named - flags.keys() == set()
