@@ -1,0 +1,78 @@
+"""Which Hugging Face architecture can express a config: the one whose config.json reads back as the same function."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from megajax.config import ConfigError, TransformerConfig
+from megajax.interop.hf_architecture import Architecture
+from megajax.interop.hf_rope import position_key
+
+# These change how a model is trained or with what precision it runs, not the function its weights stand for.
+_NOT_THE_FUNCTION = frozenset(
+    "hidden_dropout attention_dropout init_method_std embedding_init_method_std bf16 fp16 params_dtype "
+    "recompute_granularity recompute_method recompute_num_layers recompute_modules label_smoothing z_loss_coeff "
+    "make_vocab_size_divisible_by attention_softmax_in_fp32 apply_query_key_layer_scaling fp32_residual_connection "
+    "_derived".split()
+)
+_POSITIONS = ("position_embedding_type", "max_sequence_length", "seq_len_interpolation_factor")
+_POSITION_PREFIXES = ("rope_", "rotary_", "yarn_")
+_GATED_ONLY = ("glu_linear_offset", "activation_func_clamp_value")
+
+
+def choose(config: TransformerConfig, architectures: Sequence[Architecture]) -> Architecture:
+    """The first architecture that expresses `config`.
+
+    Raises:
+      ConfigError: there is none; names the options that stand in the way of the nearest one.
+    """
+    nearest: tuple[Architecture, list[str]] | None = None
+    for architecture in architectures:
+        obstacles = _obstacles(config, architecture)
+        if not obstacles:
+            return architecture
+        if nearest is None or len(obstacles) < len(nearest[1]):
+            nearest = architecture, obstacles
+    assert nearest is not None
+    raise ConfigError(
+        f"no Hugging Face architecture can express this model; the nearest, {nearest[0].name}, has no "
+        + ", ".join(nearest[1])
+    )
+
+
+def _obstacles(config: TransformerConfig, architecture: Architecture) -> list[str]:
+    try:
+        back = architecture.read_config(architecture.write_config(config))
+    except ConfigError as error:
+        return [f"way to hold it ({error})"]
+    for i in range(config.num_layers):
+        ours, theirs = _function(config, i), _function(back, i)
+        differing = [name for name in ours if ours[name] != theirs.get(name)]
+        if differing:
+            return [f"{name}={ours[name]!r}" for name in differing]
+    return []
+
+
+def _function(config: TransformerConfig, index: int) -> dict[str, Any]:
+    """Everything that decides what layer `index` and the model around it compute, each thing in one form only."""
+    layer = config.for_layer(index)
+    values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    dropped = _NOT_THE_FUNCTION | set(_POSITIONS) | (set() if layer.gated_linear_unit else set(_GATED_ONLY))
+    values = {
+        name: value for name, value in values.items() if name not in dropped and not name.startswith(_POSITION_PREFIXES)
+    }
+    values["add_qkv_bias"] = values.pop("add_bias_linear") or layer.add_qkv_bias
+    values["softmax_scale"] = layer.softmax_scale or (layer.kv_channels or 1) ** -0.5
+    left = -1 if layer.window_size is None else layer.window_size[0]
+    values["window_size"] = None if left < 0 else (left, 0)
+    positions = position_key(layer)
+    values["position_embedding_type"] = positions
+    values["no_rope_freq"] = layer.no_rope_freq if "rope" in positions[0] or "yarn" in positions[0] else None
+    if config.heterogeneous_layers is not None:
+        kind = config.heterogeneous_layers[index]
+        if (kind.attention, kind.mlp) != ("normal", "normal"):
+            values["heterogeneous_layers"] = kind
+    return values
