@@ -60,10 +60,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
     rules = dict(nn.get_logical_axis_rules())
     if mesh.empty or not rules:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(axes, rules, where="an activation"))
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, rules, where="an activation"))
 
 
-def _spec(axes: tuple[str | None, ...], table: Mapping[str, Any], *, where: str) -> PartitionSpec:
+def spec_of(axes: tuple[str | None, ...], table: Mapping[str, Any], *, where: str = "a parameter") -> PartitionSpec:
+    """The partition spec of a tensor with these logical axes, one (or None) a dim; an unknown name raises."""
     unknown = [axis for axis in axes if axis is not None and axis not in table]
     if unknown:
         raise ConfigError(
@@ -104,7 +105,7 @@ def _parameter_spec(path: Any, leaf: Any, table: Mapping[str, MeshAxes], mesh: M
     where = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
     if not is_box(leaf):
         raise ConfigError(f"{where}: has no logical axes; create it with nn.with_logical_partitioning")
-    spec = _spec(leaf.names, table, where=where)
+    spec = spec_of(leaf.names, table, where=where)
     used: list[str] = []
     for dim, (axis, size) in enumerate(zip(leaf.names, leaf.value.shape, strict=True)):
         mesh_axes = () if axis is None else table[axis]

@@ -137,8 +137,9 @@ class GPTModel(nn.Module):
         deterministic: bool = True,
     ) -> Array:
         """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
+        offset = 0 if cache_position is None else cache_position
         if position_ids is None:
-            position_ids = jnp.arange(tokens.shape[1])[None, :] + (cache_position or 0)
+            position_ids = jnp.arange(tokens.shape[1])[None, :] + offset
             if segment_ids is not None:
                 position_ids = packed_positions(segment_ids)
         x_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
@@ -149,7 +150,7 @@ class GPTModel(nn.Module):
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             keep=None if attention_mask is None else attention_mask.astype(bool),
-            offset=0 if cache_position is None else cache_position,
+            offset=offset,
         )
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids)
         decode = cache_position is not None

@@ -55,6 +55,11 @@ class LanguageModelEmbedding(nn.Module):
         cfg = self.config
         x_BSD = self.word_embeddings(tokens)
         if cfg.position_embedding_type == "learned_absolute":
+            if tokens.shape[1] > (cfg.max_sequence_length or 0):
+                raise ConfigError(
+                    f"a sequence of {tokens.shape[1]} tokens exceeds max_sequence_length={cfg.max_sequence_length}, the"
+                    " number of learned positions; raise it or shorten the sequence"
+                )
             x_BSD = x_BSD + self.position_embeddings(position_ids)
         x_BSD = x_BSD.astype(jnp.dtype("float32" if cfg.fp32_residual_connection else cfg.compute_dtype))
         x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")

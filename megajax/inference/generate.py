@@ -1,0 +1,113 @@
+"""Text from a decoder-only model: a key/value cache, one prefill, then one token at a time."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, P prompt length, T longest sequence, V vocabulary
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from megajax.config import ConfigError
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 takes the likeliest; top_k 0 and top_p 0 mean all tokens."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature} must not be negative")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k} must not be negative")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be between 0 and 1")
+        if self.top_k and self.top_p:
+            raise ConfigError(f"top_k={self.top_k} excludes top_p={self.top_p}; set one of them")
+
+
+def sample_token(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
+    """logits fp32 [B, V] -> ids int32 [B]. Megatron: `inference/text_generation_controllers`."""
+    if sampling.temperature == 0 or sampling.top_k == 1:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k:
+        kth = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth, -jnp.inf, logits_BV)
+    if sampling.top_p:
+        ordered = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        # The first token that crosses top_p stays: only what came before it counts.
+        kept = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+        lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < lowest, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+def init_cache(model: nn.Module, *, batch: int, length: int) -> Any:
+    """Empty keys and values for `length` positions of every layer."""
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    shapes = jax.eval_shape(partial(model.init, cache_position=0), jax.random.key(0), tokens)["cache"]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    prompt_BP: Array,
+    *,
+    num_tokens: int,
+    sampling: Sampling = Sampling(),
+    key: Array | None = None,
+) -> Array:
+    """Continues each prompt by `num_tokens` tokens.
+
+    Args:
+      model: called as `GPTModel` is, with `cache_position` and a "cache" collection.
+      prompt_BP: int [B, P], P at least 1.
+      key: needed unless sampling.temperature is 0.
+
+    Returns:
+      The new tokens, int32 [B, num_tokens].
+    """
+    B, P = prompt_BP.shape
+    if P == 0:
+        raise ConfigError("the prompt is empty; give at least one token")
+    if key is None:
+        if sampling.temperature > 0:
+            raise ConfigError(f"temperature={sampling.temperature} samples at random, which needs a key")
+        key = jax.random.key(0)
+    cache = init_cache(model, batch=B, length=P + num_tokens)
+    return _generate(model, params, cache, prompt_BP, key, num_tokens, sampling)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _generate(
+    model: nn.Module, params: Any, cache: Any, prompt_BP: Array, key: Array, num_tokens: int, sampling: Sampling
+) -> Array:
+    def forward(cache: Any, tokens: Array, position: Array | int) -> tuple[Array, Any]:
+        variables = {"params": params, "cache": cache}
+        logits, updated = model.apply(variables, tokens, cache_position=position, mutable=["cache"])
+        return logits[:, -1], updated["cache"]
+
+    def one(carry: tuple[Any, Array, Array], index: Array) -> tuple[tuple[Any, Array, Array], Array]:
+        cache, token, position = carry
+        logits, cache = forward(cache, token[:, None], position)
+        token = sample_token(logits, jax.random.fold_in(key, index), sampling)
+        return (cache, token, position + 1), token
+
+    P = prompt_BP.shape[1]
+    logits, cache = forward(cache, prompt_BP, 0)
+    first = sample_token(logits, jax.random.fold_in(key, 0), sampling)
+    _, rest = jax.lax.scan(one, (cache, first, jnp.int32(P)), jnp.arange(1, num_tokens))
+    return jnp.concatenate([first[:, None], rest.T], axis=1)

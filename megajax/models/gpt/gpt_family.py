@@ -1,0 +1,85 @@
+"""The registry record of GPT."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megajax.config import Config, DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from megajax.models.family import Family
+from megajax.models.gpt.gpt_presets import PRESETS
+
+if TYPE_CHECKING:
+    import jax
+    from flax import linen as nn
+
+    from megajax.backends import BackendSpecProvider
+    from megajax.models.family import Batch
+    from megajax.ops.cross_entropy import FusedLoss
+
+DEFAULT = Config(
+    model_family="gpt",
+    model=TransformerConfig(
+        num_layers=4,
+        hidden_size=192,
+        num_attention_heads=6,
+        ffn_hidden_size=512,
+        make_vocab_size_divisible_by=128,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func="silu",
+        qk_layernorm=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    ),
+    optimizer=OptimizerConfig(
+        lr=4e-3, min_lr=4e-4, lr_decay_style="cosine", lr_warmup_fraction=0.05, adam_beta2=0.95, weight_decay=0.1
+    ),
+    data=DataConfig(seq_length=256),
+    train=TrainConfig(train_iters=500, micro_batch_size=16),
+)
+
+
+def build_model(config: TransformerConfig, backend: BackendSpecProvider) -> nn.Module:
+    """A `GPTModel` of layers from `backend`."""
+    from megajax.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megajax.models.gpt.gpt_model import GPTModel
+
+    return GPTModel(config, get_gpt_decoder_block_spec(config, backend), backend=backend)
+
+
+def loss(
+    model: nn.Module, params: Any, batch: Batch, weights: jax.Array, *, dropout_key: jax.Array | None
+) -> FusedLoss:
+    """Next-token cross entropy; see `megajax.models.family.LossFn`."""
+    return model.apply(  # type: ignore[return-value]
+        {"params": params},
+        batch["tokens"],
+        batch["labels"],
+        weights,
+        position_ids=batch["position_ids"],
+        segment_ids=batch.get("segment_ids"),
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="loss_sum",
+    )
+
+
+def example_inputs(batch: int, seq_length: int) -> tuple[Any, ...]:
+    """Tokens to initialise with."""
+    import jax.numpy as jnp
+
+    return (jnp.zeros((batch, seq_length), jnp.int32),)
+
+
+GPT = Family(
+    name="gpt",
+    config_type=TransformerConfig,
+    default=DEFAULT,
+    presets=PRESETS,
+    build_model=build_model,
+    loss=loss,
+    example_inputs=example_inputs,
+)

@@ -1,0 +1,228 @@
+"""The training loop: read it from top to bottom."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from megajax.checkpoint import CheckpointStore
+from megajax.config import Config
+from megajax.data.build import Datasets
+from megajax.data.loader import EvaluationLoader, Loader
+from megajax.training.flops import model_flops, peak_flops_per_second
+from megajax.training.metrics import Console, Writer, format_step
+from megajax.training.setup import Program, on_mesh, place_batch
+from megajax.training.state import TrainState
+from megajax.training.step import Metrics
+from megajax.training.stop import StopRequest
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on; the message says why and what is saved."""
+
+
+class Result(NamedTuple):
+    """How a run ended. val_loss, test_loss: mean nats per token, None without such a split."""
+
+    state: TrainState
+    step: int
+    val_loss: float | None
+    finished: bool
+
+
+class _Running(NamedTuple):
+    """A step that has been dispatched and whose metrics are still to be read."""
+
+    step: int
+    metrics: Metrics
+    samples: int
+    started: float
+
+
+def train(
+    program: Program,
+    state: TrainState,
+    datasets: Datasets,
+    loader: Loader,
+    store: CheckpointStore,
+    writers: list[Writer],
+    console: Console,
+    stop: StopRequest,
+) -> Result:
+    """Runs from the state's step to the end, or to the first reason to stop, and saves.
+
+    Metrics of a step are read after the next one has been dispatched, so the device never waits for the host.
+    """
+    config = program.config
+    evaluate = Evaluator(program, datasets)
+    reporter = _Reporter(program, writers, console)
+    step, began = int(state.step), time.monotonic()
+    running: _Running | None = None
+    val_loss: float | None = None
+    reason = None
+    with on_mesh(program):
+        while step < program.train_iters and reason is None:
+            _profile(config, step)
+            size = program.batches.at(loader.consumed_samples)
+            batch = loader.next_batch(size.running_global_batch_size)
+            started = time.monotonic()
+            state, metrics = program.train_step(
+                state, place_batch(program, batch, num_microbatches=size.num_microbatches)
+            )
+            step += 1
+            if running is not None:
+                reporter.report(running)
+            running = _Running(step, metrics, size.running_global_batch_size, started)
+            evaluating = step % config.train.eval_interval == 0 or step == program.train_iters
+            if evaluating:
+                reporter.report(running)
+                running = None
+                val_loss = evaluate(state.params, "validation")
+                reporter.evaluation(step, val_loss)
+            reason = _reason_to_stop(config, stop, step, began)
+            if reason is None and _due(step, config.checkpoint.save_interval) and step < program.train_iters:
+                _save(store, step, state, loader, config)
+        if running is not None:
+            reporter.report(running)
+    _save(store, step, state, loader, config)
+    store.wait()
+    if reason is not None:
+        console.line(f"stopped at step {step}: {reason}; resume with the same command")
+    return Result(state, step, val_loss, finished=step >= program.train_iters)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _save(store: CheckpointStore, step: int, state: TrainState, loader: Loader, config: Config) -> None:
+    store.save(step, state, extras(loader, config))
+
+
+def extras(loader: Loader, config: Config) -> dict[str, Any]:
+    """What a checkpoint keeps beside arrays."""
+    return {"data": loader.state(), "seed": config.train.seed, "seq_length": config.data.seq_length}
+
+
+def _reason_to_stop(config: Config, stop: StopRequest, step: int, began: float) -> str | None:
+    minutes = (time.monotonic() - began) / 60
+    limit = config.train.exit_duration_in_mins
+    reasons = (
+        (stop.requested, stop.name),
+        (limit is not None and minutes >= limit, f"exit_duration_in_mins={limit} are over"),
+        (_due(step, config.train.exit_interval), f"exit_interval={config.train.exit_interval} is reached"),
+    )
+    # Signals and clocks differ between processes; all of them must leave the loop at the same step.
+    flags = np.array([flag for flag, _ in reasons])
+    if jax.process_count() > 1:
+        flags = np.any(multihost_utils.process_allgather(flags), axis=0)
+    return next((text for flag, (_, text) in zip(flags, reasons, strict=True) if flag), None)
+
+
+def _profile(config: Config, step: int) -> None:
+    if step == config.train.profile_step_start:
+        jax.profiler.start_trace(f"{config.train.run_dir}/profile")
+    if step == config.train.profile_step_end and config.train.profile_step_start is not None:
+        jax.profiler.stop_trace()
+
+
+class Evaluator:
+    """Mean loss over a split's first `eval_iters` batches, the same ones every time."""
+
+    def __init__(self, program: Program, datasets: Datasets):
+        self._program = program
+        self._datasets = {"validation": datasets.validation, "test": datasets.test}
+
+    def __call__(self, params: Any, split: str) -> float | None:
+        """Nats per token, weighted by tokens; None when there is no such split."""
+        dataset = self._datasets[split]
+        if dataset is None:
+            return None
+        program = self._program
+        batches = EvaluationLoader(
+            dataset,
+            batch_size=program.batches.micro_batch_size * program.batches.data_parallel_size,
+            num_batches=program.config.train.eval_iters,
+            process_rows=(jax.process_index(), jax.process_count()),
+        )
+        total, tokens = 0.0, 0.0
+        with on_mesh(program):
+            results = [
+                program.eval_step(params, place_batch(program, batch, num_microbatches=None)) for batch in batches
+            ]
+        for loss_sum, count in results:
+            total, tokens = total + float(loss_sum), tokens + float(count)
+        return total / max(tokens, 1.0)
+
+
+class _Reporter:
+    """Turns finished steps into rows, lines, and the decision that a run has gone wrong."""
+
+    def __init__(self, program: Program, writers: list[Writer], console: Console):
+        self._program = program
+        self._writers = writers
+        self._console = console
+        self._last_finished: float | None = None
+        self._skipped = 0
+        self._peak = peak_flops_per_second(jax.devices()[0].device_kind)
+
+    def report(self, running: _Running) -> None:
+        """Waits for the step, then writes its row; every `log_interval` steps a line."""
+        metrics = jax.device_get(running.metrics)
+        finished = time.monotonic()
+        # From the end of the last step to the end of this one: dispatching is asynchronous.
+        seconds = finished - (self._last_finished or running.started)
+        self._last_finished = finished
+        self._skipped += int(metrics.skipped)
+        row = self._row(running, metrics, seconds)
+        for writer in self._writers:
+            writer.write(row)
+        config, total = self._program.config, self._program.train_iters
+        if running.step % config.train.log_interval == 0 or running.step in (1, total):
+            self._console.line(format_step(row, total=total))
+        self._console.progress(running.step, total, f"loss {float(metrics.loss):.4f}")
+        if int(metrics.skipped_in_a_row) >= config.train.max_skipped_steps:
+            raise TrainingStopped(
+                f"the last {int(metrics.skipped_in_a_row)} updates were skipped (loss {float(metrics.loss)}, grad norm"
+                f" {float(metrics.grad_norm)}); lower lr, or raise max_skipped_steps={config.train.max_skipped_steps}"
+            )
+
+    def evaluation(self, step: int, val_loss: float | None) -> None:
+        """Writes a row and a line for an evaluation."""
+        self._last_finished = None  # the time that it took is not the next step's
+        if val_loss is None:
+            return
+        for writer in self._writers:
+            writer.write({"step": step, "val_loss": val_loss, "val_ppl": math.exp(min(20.0, val_loss))})
+        self._console.line(f"step {step}: validation loss {val_loss:.4f}, perplexity {math.exp(min(20, val_loss)):.3f}")
+
+    def _row(self, running: _Running, metrics: Metrics, seconds: float) -> Mapping[str, float | int | None]:
+        config = self._program.config
+        devices = self._program.mesh.size
+        tokens = running.samples * config.data.seq_length
+        flops = model_flops(config.model, batch_size=running.samples, seq_length=config.data.seq_length)
+        per_device = flops / seconds / devices
+        row: dict[str, float | int | None] = {
+            "step": running.step,
+            "loss": float(metrics.loss),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(metrics.learning_rate),
+            "weight_decay": float(metrics.weight_decay),
+            "batch_size": running.samples,
+            "tokens": int(metrics.tokens),
+            "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_device": per_device / 1e12,
+            "mfu": None if self._peak is None else per_device / self._peak,
+            "skipped_steps": self._skipped,
+        }
+        if config.model.fp16:
+            row["loss_scale"] = float(metrics.loss_scale)
+        return row

@@ -1,0 +1,143 @@
+"""From a config to everything a run needs, in the order in which mistakes are cheapest to find."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from megajax.backends import LocalSpecProvider
+from megajax.config import Config, ConfigError
+from megajax.data.tokenizers import Tokenizer
+from megajax.models.family import Family
+from megajax.parallel import sharding
+from megajax.parallel.mesh import data_parallel_size, make_mesh
+from megajax.parallel.sharding import AxisRules
+from megajax.training.microbatches import BatchSchedule, make_batch_schedule
+from megajax.training.optimizer import make_optimizer
+from megajax.training.schedules import Schedule, make_schedule
+from megajax.training.state import TrainState, abstract_params, create_state, state_axes, state_shardings
+from megajax.training.step import Metrics, make_eval_step, make_train_step
+
+
+class Program(NamedTuple):
+    """The compiled side of a run.
+
+    axes, shardings: trees like the state. train_step: `(state, batch) -> (state, metrics)`, donates the state; batch
+    arrays [M, B, ...]. eval_step: `(params, batch) -> (loss sum, tokens)`; batch arrays [B, ...].
+    """
+
+    config: Config
+    mesh: Mesh
+    rules: AxisRules
+    model: nn.Module
+    batches: BatchSchedule
+    train_iters: int
+    axes: TrainState
+    abstract_state: TrainState
+    create_state: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+
+
+def fit_config(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with the vocabulary size that the tokenizer needs, checked against the rest."""
+    given = config.model.vocab_size
+    if given is not None and given < tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size={given} is less than the {tokenizer.vocab_size} ids of tokenizer={config.data.tokenizer!r};"
+            " raise it or leave it out"
+        )
+    longest = config.model.max_sequence_length
+    if config.model.position_embedding_type == "learned_absolute" and longest is None:
+        longest = config.data.seq_length
+    if longest is not None and config.data.seq_length > longest:
+        raise ConfigError(
+            f"seq_length={config.data.seq_length} exceeds max_sequence_length={longest}; change one of them"
+        )
+    model = config.model.replace(vocab_size=given or tokenizer.vocab_size, max_sequence_length=longest)
+    sharding.validate_model(model, config.parallel)
+    return dataclasses.replace(config, model=model)
+
+
+def build_program(config: Config, family: Family, *, devices: list[jax.Device] | None = None) -> Program:
+    """Mesh, model, optimizer and steps of a config whose vocabulary size is known. Allocates no array."""
+    mesh = make_mesh(config.parallel, devices)
+    rules = sharding.axis_rules(config.parallel, config.model)
+    dp = data_parallel_size(mesh)
+    batches = make_batch_schedule(config.train, data_parallel_size=dp)
+    train_iters, schedule = _length_and_schedule(config, batches)
+    model = family.build_model(config.model, LocalSpecProvider())
+
+    boxed = abstract_params(model, family, config)
+    sharding.partition_specs(boxed, rules.table, mesh)
+    if config.parallel.zero:
+        sharding.partition_specs(boxed, rules.optimizer_table, mesh)
+    param_axes = sharding.logical_axes(boxed)
+    optimizer = make_optimizer(config.optimizer, param_axes)
+
+    def create() -> TrainState:
+        return create_state(model, family, config, optimizer, seed=config.train.seed)
+
+    abstract = jax.eval_shape(create)
+    axes = state_axes(abstract, param_axes)
+    places = state_shardings(axes, rules, mesh)
+    train_step = make_train_step(model, family, config, optimizer, schedule, data_parallel_size=dp)
+    return Program(
+        config=config,
+        mesh=mesh,
+        rules=rules,
+        model=model,
+        batches=batches,
+        train_iters=train_iters,
+        axes=axes,
+        abstract_state=jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
+        ),
+        create_state=jax.jit(create, out_shardings=places),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, PartitionSpec()))),
+        eval_step=jax.jit(make_eval_step(model, family)),
+    )
+
+
+def _length_and_schedule(config: Config, batches: BatchSchedule) -> tuple[int, Schedule]:
+    samples = config.train.train_samples
+    size = batches.global_batch_size
+    if samples is None:
+        return config.train.train_iters, make_schedule(
+            config.optimizer, global_batch_size=size, train_iters=config.train.train_iters
+        )
+    schedule = make_schedule(config.optimizer, global_batch_size=size, train_samples=samples)
+    return batches.train_iters(samples), schedule
+
+
+@contextmanager
+def on_mesh(program: Program) -> Iterator[None]:
+    """Where steps are traced: logical axes mean what the program's table says."""
+    rules = tuple(program.rules.table.items())
+    with jax.set_mesh(program.mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: int | None) -> dict[str, jax.Array]:
+    """This process's rows [n, S] of each array to global arrays [M, B, S], or [B, S] without microbatches.
+
+    Row j of the global batch belongs to microbatch j // B, as in Megatron's sampler.
+    """
+    rows: tuple[str | None, ...] = ("batch", "seq")
+    if num_microbatches is not None:
+        rows = (None, *rows)
+
+    def place(array: Any) -> jax.Array:
+        if num_microbatches is not None:
+            array = array.reshape(num_microbatches, -1, *array.shape[1:])
+        spec = sharding.spec_of(rows, program.rules.table)
+        return jax.make_array_from_process_local_data(NamedSharding(program.mesh, spec), array)
+
+    return {name: place(array) for name, array in batch.items()}

@@ -1,0 +1,176 @@
+"""The training step: a pure function of (state, batch), compiled once for each batch size, with explicit shardings."""
+
+# SPDX-License-Identifier: Apache-2.0
+# M microbatches, B batch, S sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from megajax.config import Config
+from megajax.models.family import Family
+from megajax.training import loss_scale as scaling
+from megajax.training.optimizer import clip_by_global_norm
+from megajax.training.schedules import Schedule
+from megajax.training.state import TrainState
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+
+GRAD_NORM_MEMORY = 0.95
+"""How slowly the mean gradient norm that spikes are measured against forgets."""
+
+
+class Metrics(NamedTuple):
+    """Scalars of one step, fp32 or int32. loss is the mean over the tokens that count, before the update."""
+
+    loss: Array
+    grad_norm: Array
+    learning_rate: Array
+    weight_decay: Array
+    tokens: Array
+    skipped: Array
+    skipped_in_a_row: Array
+    loss_scale: Array
+
+
+def loss_weights(loss_mask_MBS: Array, *, per_token: bool, data_parallel_size: int) -> Array:
+    """What each token's loss is multiplied by; over a step the weights sum to 1.
+
+    per_token weighs all tokens alike. Otherwise as Megatron does by default: each microbatch of each data-parallel
+    shard counts the same, however many tokens of it are masked.
+    """
+    mask = loss_mask_MBS.astype(jnp.float32)
+    if per_token:
+        return mask / jnp.maximum(jnp.sum(mask), 1.0)
+    M, B, S = mask.shape
+    shards = mask.reshape(M, data_parallel_size, B // data_parallel_size, S)
+    tokens = jnp.maximum(jnp.sum(shards, axis=(2, 3), keepdims=True), 1.0)
+    return (shards / tokens / (M * data_parallel_size)).reshape(M, B, S)
+
+
+def document_mask(batch: Batch) -> Array:
+    """The loss mask, with the last token of each packed document left out: its label begins another document."""
+    mask = batch["loss_mask"].astype(jnp.float32)
+    segment_ids = batch.get("segment_ids")
+    if segment_ids is None:
+        return mask
+    same = segment_ids[..., 1:] == segment_ids[..., :-1]
+    return mask * jnp.concatenate([same, jnp.ones_like(same[..., :1])], axis=-1)
+
+
+def make_train_step(
+    model: nn.Module,
+    family: Family,
+    config: Config,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Schedule,
+    *,
+    data_parallel_size: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`(state, batch) -> (state, metrics)`; every array of the batch is [M, B, ...]."""
+    dropout = max(config.model.hidden_dropout, config.model.attention_dropout) > 0
+
+    def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None, scale: Array | float):  # noqa: ANN202
+        losses = family.loss(model, params, batch, weights, dropout_key=key)
+        return losses.weighted_sum * scale, losses.per_token
+
+    def gradients(state: TrainState, batch: Batch, mask: Array) -> tuple[Any, Array]:
+        weights = loss_weights(
+            mask, per_token=config.train.calculate_per_token_loss, data_parallel_size=data_parallel_size
+        )
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def accumulate(carry: tuple[Any, Array], index_and_inputs: tuple[Array, tuple[Batch, Array, Array]]):  # noqa: ANN202
+            index, (microbatch, w, m) = index_and_inputs
+            key = jax.random.fold_in(step_key, index) if dropout else None
+            grads, per_token = jax.grad(microbatch_loss, has_aux=True)(state.params, microbatch, w, key, scale)
+            total, loss_sum = carry
+            grads = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+            return (grads, loss_sum + jnp.sum(per_token * m)), None
+
+        M = mask.shape[0]
+        if M == 1:  # no accumulator to hold beside the gradients
+            first = jax.tree.map(lambda a: a[0], (batch, weights, mask))
+            key = jax.random.fold_in(step_key, 0) if dropout else None
+            grads, per_token = jax.grad(microbatch_loss, has_aux=True)(state.params, first[0], first[1], key, scale)
+            return grads, jnp.sum(per_token * first[2])
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        (grads, loss_sum), _ = jax.lax.scan(
+            accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), (dict(batch), weights, mask))
+        )
+        return grads, loss_sum
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        mask = document_mask(batch)
+        grads, loss_sum = gradients(state, batch, mask)
+        tokens = jnp.sum(mask)
+        loss = loss_sum / jnp.maximum(tokens, 1.0)
+        state, norm, lr, wd, good = apply_gradients(state, grads, loss, mask.shape[0] * mask.shape[1])
+        metrics = Metrics(
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=jnp.float32(lr),
+            weight_decay=jnp.float32(wd),
+            tokens=tokens.astype(jnp.int32),
+            skipped=1 - good.astype(jnp.int32),
+            skipped_in_a_row=state.skipped_in_a_row,
+            loss_scale=jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale,
+        )
+        return state, metrics
+
+    def apply_gradients(state: TrainState, grads: Any, loss: Array, samples: int):  # noqa: ANN202
+        new_scale = state.loss_scale
+        if state.loss_scale is not None:
+            grads = scaling.unscale(grads, state.loss_scale)
+            new_scale = scaling.update(config.optimizer, state.loss_scale, scaling.all_finite(grads))
+        grads, norm = clip_by_global_norm(grads, config.optimizer.clip_grad)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)  # a NaN or infinity in any gradient shows in the norm
+        if config.train.spike_factor:
+            spike = norm > config.train.spike_factor * state.grad_norm_mean
+            good &= ~(spike & (state.grad_norm_mean > 0))
+        lr, wd = schedule.learning_rate(state.samples), schedule.weight_decay(state.samples)
+        extra = {"learning_rate": lr, "weight_decay": wd}
+        if config.optimizer.decoupled_lr is not None:
+            extra["decoupled_learning_rate"] = schedule.decoupled_learning_rate(state.samples)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
+        params = optax.apply_updates(state.params, updates)
+
+        def if_good(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        mean = jnp.where(
+            state.grad_norm_mean > 0,
+            GRAD_NORM_MEMORY * state.grad_norm_mean + (1 - GRAD_NORM_MEMORY) * norm,
+            norm,
+        )
+        state = state.replace(
+            step=state.step + 1,
+            samples=state.samples + jnp.where(good, samples, 0).astype(jnp.uint32),
+            skipped=state.skipped + jnp.where(good, 0, 1),
+            skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+            grad_norm_mean=jnp.where(good, mean, state.grad_norm_mean),
+            params=if_good(params, state.params),
+            opt_state=if_good(opt_state, state.opt_state),
+            loss_scale=new_scale,
+        )
+        return state, norm, lr, wd, good
+
+    return step
+
+
+def make_eval_step(model: nn.Module, family: Family) -> Callable[[Any, Batch], tuple[Array, Array]]:
+    """`(params, batch) -> (sum of token losses, number of tokens)`; every array of the batch is [B, ...]."""
+
+    def step(params: Any, batch: Batch) -> tuple[Array, Array]:
+        mask = document_mask(batch)
+        losses = family.loss(model, params, batch, mask, dropout_key=None)
+        return losses.weighted_sum, jnp.sum(mask)
+
+    return step
