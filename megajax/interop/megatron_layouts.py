@@ -1,0 +1,195 @@
+"""How Megatron's tensors and megajax's parameters hold the same numbers: names, transposes, fused projections."""
+
+# SPDX-License-Identifier: Apache-2.0
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from megajax.config import ConfigError, TransformerConfig
+from megajax.models.gpt.gpt_model import GPTModel
+from megajax.transformer.block import stack_layout
+from megajax.transformer.stack import locate
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+StateDict = Mapping[str, np.ndarray]
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_FUSED = {
+    "self_attention": ("linear_qkv", ("linear_q", "linear_gate", "linear_k", "linear_v")),
+    "mlp": ("linear_fc1", ("linear_gate", "linear_fc1")),
+}
+"""Sublayer -> Megatron's fused linear, and the linears it holds, in the order of its rows."""
+
+_TE_NAMES = (
+    (r"\.self_attention\.(?:linear_qkv\.)?layer_norm_(weight|bias)$", r".input_layernorm.\1"),
+    (r"\.mlp\.(?:linear_fc1\.)?layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1"),
+)
+"""Transformer Engine keeps a norm inside the linear that follows it; the local layers, whose names are used here, do
+not."""
+
+
+class Part(NamedTuple):
+    """One parameter, or one layer's row of a stacked one. shape: of the row."""
+
+    path: Path
+    row: int | None
+    shape: Shape
+
+    @property
+    def transposed(self) -> bool:
+        """Kernels are [in, out] here and [out, in] in Megatron."""
+        return self.path[-1] == "kernel"
+
+    @property
+    def megatron_shape(self) -> Shape:
+        """Shape with Megatron's dims."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+class Tensor(NamedTuple):
+    """One Megatron tensor: the rows of its parts, interleaved by group.
+
+    `linear_qkv` holds, for each group of query heads that share keys and values, their queries, then their gates if
+    there are any, the key and the value. Everything else has one group: `linear_fc1` of a gated MLP is [gate; up].
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    groups: int
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the whole."""
+        shapes = [part.megatron_shape for part in self.parts]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def split(self, whole: np.ndarray) -> list[np.ndarray]:
+        """The tensor to its parts, each with the dims it has here."""
+        grouped = whole.reshape(self.groups, -1, *whole.shape[1:])
+        ends = np.cumsum([part.megatron_shape[0] // self.groups for part in self.parts])[:-1]
+        pieces = [
+            piece.reshape(part.megatron_shape)
+            for part, piece in zip(self.parts, np.split(grouped, ends, axis=1), strict=True)
+        ]
+        return [piece.T if part.transposed else piece for part, piece in zip(self.parts, pieces, strict=True)]
+
+    def join(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        """The inverse of `split`."""
+        rows = [piece.T if part.transposed else piece for part, piece in zip(self.parts, pieces, strict=True)]
+        grouped = [piece.reshape(self.groups, piece.shape[0] // self.groups, *piece.shape[1:]) for piece in rows]
+        return np.ascontiguousarray(np.concatenate(grouped, axis=1).reshape(self.shape))
+
+
+def abstract_params(model: GPTModel) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter, by path."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return traverse_util.flatten_dict(nn.unbox(variables["params"]))
+
+
+def tensors(config: TransformerConfig, model: GPTModel, params: Mapping[Path, Any]) -> Iterator[Tensor]:
+    """Megatron's tensors of a model, in the order of its modules. params: anything with shapes, by path."""
+    order = [path for path in params if path[0] == "embedding"]
+    yield from _tensors("", (Part(path, None, params[path].shape) for path in order), 0, 1)
+    segments = stack_layout(config, model.layer_specs)
+    for layer in range(config.num_layers):
+        stack, row = locate(segments, layer)
+        prefix = ("decoder", stack)
+        parts = (Part(path, row, leaf.shape[1:]) for path, leaf in params.items() if path[:2] == prefix)
+        groups = config.for_layer(layer).num_query_groups or 1
+        yield from _tensors(f"decoder.layers.{layer}.", parts, 2, groups)
+    last = [path for path in params if path[:2] == ("decoder", "final_layernorm")]
+    last += [path for path in params if path[0] == "output_layer"]
+    yield from _tensors("", (Part(path, None, params[path].shape) for path in last), 0, 1)
+
+
+def _tensors(prefix: str, parts: Iterator[Part], skip: int, query_groups: int) -> Iterator[Tensor]:
+    """The tensors that `parts` make up. The first `skip` names of their paths are replaced by `prefix`."""
+    named: dict[str, dict[int, Part]] = {}
+    for part in parts:
+        name, position = _megatron_name(part.path[skip:])
+        named.setdefault(name, {})[position] = part
+    for name, positions in named.items():
+        groups = query_groups if ".linear_qkv." in name else 1
+        yield Tensor(prefix + name, tuple(positions[i] for i in sorted(positions)), groups)
+
+
+def _megatron_name(path: Path) -> tuple[str, int]:
+    """(Megatron's name of a parameter, its place among those that share the name)."""
+    *modules, leaf = path
+    position = 0
+    if modules[0] in _FUSED:
+        fused, members = _FUSED[modules[0]]
+        if modules[1] in members:
+            position, modules[1] = members.index(modules[1]), fused
+        elif modules[1:] == ["linear"]:  # a linear map in place of the whole sublayer
+            modules = modules[:1]
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)]), position
+
+
+def canonical(state_dict: StateDict) -> dict[str, np.ndarray]:
+    """The tensors by their local names: Transformer Engine's names translated, its `_extra_state` dropped."""
+    result = {}
+    for name, value in state_dict.items():
+        if "_extra_state" in name:
+            continue
+        for pattern, local in _TE_NAMES:
+            name = re.sub(pattern, local, name)
+        result[name] = value
+    return result
+
+
+def to_params(
+    state_dict: StateDict, wanted: Sequence[Tensor], abstract: Mapping[Path, jax.ShapeDtypeStruct]
+) -> dict[str, Any]:
+    """The parameter tree, stacked, in the dtypes of `abstract`. state_dict has canonical names.
+
+    Raises:
+      ConfigError: tensors that are missing, that the model does not have, or that have another shape.
+    """
+    _require_same_names(state_dict, [tensor.name for tensor in wanted])
+    flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
+    for tensor in wanted:
+        value = np.asarray(state_dict[tensor.name])
+        if value.shape != tensor.shape:
+            raise ConfigError(f"{tensor.name} has shape {value.shape}; this config needs {tensor.shape}")
+        for part, piece in zip(tensor.parts, tensor.split(value), strict=True):
+            flat[part.path][... if part.row is None else part.row] = piece
+    return traverse_util.unflatten_dict(flat)
+
+
+def to_state_dict(params: Mapping[Path, Any], tensors_: Iterator[Tensor]) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`; params by path."""
+    host = {path: np.asarray(leaf) for path, leaf in params.items()}
+    return {
+        tensor.name: tensor.join([host[p.path] if p.row is None else host[p.path][p.row] for p in tensor.parts])
+        for tensor in tensors_
+    }
+
+
+def _require_same_names(state_dict: StateDict, wanted: Sequence[str]) -> None:
+    for what, names in (
+        ("lacks", [name for name in wanted if name not in state_dict]),
+        ("has tensors that this config does not:", sorted(set(state_dict) - set(wanted))),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"the Megatron state dict {what} {', '.join(names[:3])}{more}")
+
+
+def vocabulary_rows(state_dict: StateDict) -> int:
+    """Rows of the embedding table. Raises ConfigError where there is none or the output layer has others."""
+    name, output = "embedding.word_embeddings.weight", "output_layer.weight"
+    if name not in state_dict:
+        raise ConfigError(f"the Megatron state dict lacks {name}")
+    rows = len(state_dict[name])
+    if output in state_dict and np.shape(state_dict[output])[:1] != (rows,):
+        raise ConfigError(f"{output} has shape {np.shape(state_dict[output])}; {name} has {rows} rows")
+    return rows
