@@ -246,7 +246,15 @@ class IndexedDatasetBuilder:
         self._append(tokens, np.asarray(lengths, np.int32), modes if modes is not None else [0] * len(lengths))
         self.end_document()
 
-    def _append(self, tokens: np.ndarray | Sequence[int], lengths: np.ndarray, modes: Sequence[int]) -> None:
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends many documents of one sequence each."""
+        before = self._sequences
+        self._append(tokens, np.asarray(lengths, np.int32), np.zeros(len(lengths), np.int8))
+        self._document_indices.append(np.arange(before + 1, self._sequences + 1, dtype=np.int64))
+
+    def _append(
+        self, tokens: np.ndarray | Sequence[int], lengths: np.ndarray, modes: Sequence[int] | np.ndarray
+    ) -> None:
         wide = np.asarray(tokens, dtype=None if len(tokens) else self.dtype)
         stored = wide.astype(self.dtype.newbyteorder("<"))
         if self.dtype.kind in "iu" and not np.array_equal(wide, stored):

@@ -83,9 +83,9 @@ def test_processes_share_each_global_batch(count):
 def test_worker_processes_keep_the_order():
     loader = Loader(DATASET, num_workers=2)
     try:
-        np.testing.assert_array_equal(_read(loader, [4, 4, 4, 4, 6, 6]), EXPECTED[:28])
+        np.testing.assert_array_equal(_read(loader, [4] * 7), EXPECTED[:28])
         state = loader.state()
-        assert loader.next_batch(2)["tokens"].shape == (2, LENGTH)
+        loader.next_batch(4)
         loader.restore(state)
         np.testing.assert_array_equal(loader.next_batch(2)["tokens"], EXPECTED[28:30])
     finally:
