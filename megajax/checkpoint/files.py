@@ -196,7 +196,7 @@ def claim(directory: Path) -> IO[str]:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
-        lock = open(directory / LOCK_FILE, "a+", encoding="utf-8")
+        lock = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the store is open
     except OSError as error:
         raise CheckpointError(f"save={directory}: cannot write there ({reason(error)}); give another folder") from None
     try:

@@ -48,7 +48,7 @@ def format_rows(rows: list[LeafRow]) -> str:
     """The rows as a table with a line of totals, one leaf a line."""
     width = max((len(row.path) for row in rows), default=0)
     lines = [
-        f"{row.path:<{width}}  {str(Leaf(row.shape, row.dtype)):<28} {row.bytes:>14,} bytes"
+        f"{row.path:<{width}}  {Leaf(row.shape, row.dtype)!s:<28} {row.bytes:>14,} bytes"
         + (f"  ({', '.join(axis or '-' for axis in row.axes)})" if row.axes else "")
         for row in rows
     ]

@@ -259,7 +259,7 @@ class CheckpointStore:
     def _complete_folder(self) -> None:
         """Runs on process 0 when the arrays are on disk, before Orbax renames the folder to its final name."""
         assert self._saving is not None
-        [folder] = [path for path in self.directory.glob(self._saving.name + ".orbax-checkpoint-tmp*")]
+        [folder] = list(self.directory.glob(self._saving.name + ".orbax-checkpoint-tmp*"))
         for name, text in self._texts.items():
             files.write_text(folder / name, text)
         files.write_integrity(folder)
@@ -299,9 +299,8 @@ class CheckpointStore:
         intact = f"step {steps[-1]} is intact" if steps else "there is no earlier one"
         if isinstance(error, ConfigError):
             raise error
-        raise CheckpointError(
-            f"{self.directory}: step {step} was not saved ({files.reason(error)}); {intact}; make room there or give another folder"
-        ) from error
+        why = f"step {step} was not saved ({files.reason(error)}); {intact}"
+        raise CheckpointError(f"{self.directory}: {why}; make room there or give another folder") from error
 
 
 def _from_process_0(value: int | None) -> int | None:
@@ -322,9 +321,8 @@ def _changed_settings(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list
     if saved["family"] != here["family"]:
         changed.append(f"model {saved['family']} there, {here['family']} here")
     mine, theirs = here["model_config"], saved["model_config"]
-    for name in sorted({*mine, *theirs}):
-        if mine.get(name) != theirs.get(name):
-            changed.append(f"{name}={theirs.get(name)} there, {mine.get(name)} here")
+    names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+    changed += [f"{name}={theirs.get(name)} there, {mine.get(name)} here" for name in names]
     return changed
 
 

@@ -124,7 +124,7 @@ def _logical_shape(name: str, shape: tuple[int, ...], axes: Axes | None, vocab_s
     dim = axes.index(VOCAB)
     if shape[dim] < vocab_size:
         raise CheckpointError(f"{name} has {shape[dim]} rows, fewer than vocab_size={vocab_size}; lower vocab_size")
-    return shape[:dim] + (vocab_size,) + shape[dim + 1 :]
+    return (*shape[:dim], vocab_size, *shape[dim + 1 :])
 
 
 def unpad(value: Any, leaf: Leaf) -> Any:

@@ -16,7 +16,7 @@ def test_rows_are_the_logical_leaves(tmp_path, make_state, axes):
         store.save(4, make_state(1), {})
         store.save(8, make_state(2), {})
     rows = {row.path: row for row in inspect(tmp_path)}
-    assert list(rows)[0] == "step"  # the order of the state
+    assert next(iter(rows)) == "step"  # the order of the state
     embedding = rows["opt_state/0/mu/embedding/word_embeddings/embedding"]
     assert (embedding.step, embedding.shape, embedding.dtype, embedding.bytes, embedding.axes) == (
         8,
@@ -31,7 +31,8 @@ def test_rows_are_the_logical_leaves(tmp_path, make_state, axes):
     assert {row.step for row in inspect(tmp_path, step=4)} == {4}
     text = format_rows(list(rows.values()))
     assert len(text.splitlines()) == len(rows) + 1
-    assert "float32[37,16]" in text and "(vocab, embed)" in text
+    assert "float32[37,16]" in text
+    assert "(vocab, embed)" in text
     with pytest.raises(CheckpointError, match="has no step 5; it has 4, 8"):
         inspect(tmp_path, step=5)
     with pytest.raises(CheckpointError, match="no such folder"):
