@@ -33,7 +33,7 @@ class RotaryEmbedding:
       low_freq_factor, high_freq_factor: llama3's band of blended wavelengths.
       original_max_position_embeddings: the length before extension.
       short_factor, long_factor: longrope's divisors of each frequency, below and beyond the original length.
-      attention_factor: longrope's multiplier of cos and sin; None is `sqrt(1 + ln(factor) / ln(original))`.
+      attention_factor: multiplies cos and sin; None is 1, with longrope `sqrt(1 + ln(factor) / ln(original))`.
 
     Example:
       >>> angles = RotaryEmbedding(kv_channels=64)(max_seq_len=128)  # [128, 64]
@@ -108,14 +108,13 @@ class RotaryEmbedding:
             if self.short_factor is None or self.long_factor is None:
                 raise ConfigError("rope_scaling='longrope' needs short_factor and long_factor")
             long = length > self.original_max_position_embeddings
-            return self.inv_freq / jnp.where(long, np.float32(self.long_factor), np.float32(self.short_factor))
+            long_factor, short_factor = (np.asarray(f, np.float32) for f in (self.long_factor, self.short_factor))
+            return self.inv_freq / jnp.where(long, long_factor, short_factor)
         return self.inv_freq
 
     def _concentration(self) -> float:
-        if self.scaling != "longrope":
-            return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
-        if self.rope_scaling_factor <= 1:
+        if self.scaling != "longrope" or self.rope_scaling_factor <= 1:
             return 1.0
         return math.sqrt(1 + math.log(self.rope_scaling_factor) / math.log(self.original_max_position_embeddings))
