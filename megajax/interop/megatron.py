@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import linen as nn
-from flax import traverse_util
 
 from megajax.config import ConfigError
 from megajax.interop import megatron_layouts
 from megajax.interop.megatron_config import transformer_config
 from megajax.interop.megatron_layouts import StateDict
+from megajax.interop.megatron_shards import merge_tensor_parallel, split_tensor_parallel
 from megajax.interop.pretrained import Pretrained
 from megajax.models.gpt.gpt_model import GPTModel
+
+__all__ = ["load", "merge_tensor_parallel", "save", "split_tensor_parallel"]
 
 FAMILIES = ("gpt",)
 """Families that can be read and written."""
@@ -74,6 +75,6 @@ def save(pretrained: Pretrained) -> dict[str, np.ndarray]:
     """
     if not isinstance(pretrained.model, GPTModel):
         raise ConfigError(f"family={pretrained.family!r} cannot be written as Megatron weights; use one of {FAMILIES}")
-    params = traverse_util.flatten_dict(nn.unbox(pretrained.params))
+    params = megatron_layouts.flatten(pretrained.params)
     config = pretrained.model.resolved_config
     return megatron_layouts.to_state_dict(params, megatron_layouts.tensors(config, pretrained.model, params))

@@ -87,11 +87,17 @@ class Tensor(NamedTuple):
         return np.ascontiguousarray(np.concatenate(grouped, axis=1).reshape(self.shape))
 
 
-def abstract_params(model: GPTModel) -> dict[Path, jax.ShapeDtypeStruct]:
+def abstract_params(model: GPTModel) -> dict[Path, Any]:
     """Shape and dtype of every parameter, by path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    return traverse_util.flatten_dict(nn.unbox(variables["params"]))
+    return flatten(variables["params"])
+
+
+def flatten(params: Any) -> dict[Path, Any]:
+    """A parameter tree, boxed or not, by path."""
+    flat: dict[Any, Any] = traverse_util.flatten_dict(nn.unbox(params))
+    return flat
 
 
 def tensors(config: TransformerConfig, model: GPTModel, params: Mapping[Path, Any]) -> Iterator[Tensor]:
