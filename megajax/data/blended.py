@@ -16,7 +16,7 @@ from megajax.data.index_cache import load_or_build
 
 SURPLUS = 0.005
 """Each component is built this much larger than its share, since the blend may draw a little more than that."""
-SCALAR_LOOP_UP_TO = 12
+SCALAR_LOOP_UP_TO = 24
 """Components up to which plain floats beat numpy in the greedy loop."""
 
 

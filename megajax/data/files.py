@@ -32,17 +32,21 @@ def temporary_beside(path: str | os.PathLike[str]) -> str:
 
 def publish(temporary: str, path: str | os.PathLike[str]) -> None:
     """Flushes `temporary` to the disk and renames it to `path`."""
-    handle = os.open(temporary, os.O_RDONLY)
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def _flush(path: str | os.PathLike[str]) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder that becomes `path` on success.
+    """Yields a temporary folder, for plain files, that becomes `path` on success.
 
     Several processes may do this at once for the same `path`: the first one wins, the others' folders are dropped.
 
@@ -58,6 +62,8 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         raise ConfigError(f"cannot write {target}: {error.strerror}; choose a folder that can be written") from error
     try:
         yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
         try:
             os.rename(temporary, target)
         except OSError:

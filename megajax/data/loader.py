@@ -12,7 +12,6 @@ from absl import flags
 
 from megajax.config import ConfigError
 from megajax.data.build import SampleDataset
-from megajax.data.gpt_dataset import Sample
 
 READ_THREADS = 2
 BATCHES_AHEAD = 4
@@ -20,22 +19,24 @@ BATCHES_AHEAD = 4
 Batch = dict[str, np.ndarray]
 
 
-class _ProcessRows:
-    """The rows one process reads, as a random-access source: its slice of each global batch from sample `start` on."""
+class _ProcessBatches:
+    """One process's rows of each global batch from sample `start` on, as a random-access source of batches."""
 
     def __init__(self, dataset: SampleDataset, start: int, batch_size: int, process_index: int, process_count: int):
         self._dataset = dataset
         self._start = start
         self._batch_size = batch_size
-        self._rows = batch_size // process_count
-        self._first_row = process_index * self._rows
+        self._rows = range(
+            process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
+        )
 
     def __len__(self) -> int:
-        return (len(self._dataset) - self._start) // self._batch_size * self._rows
+        return (len(self._dataset) - self._start) // self._batch_size
 
-    def __getitem__(self, index: int) -> Sample:
-        batch, row = divmod(int(index), self._rows)
-        return self._dataset[self._start + batch * self._batch_size + self._first_row + row]
+    def __getitem__(self, index: int) -> Batch:
+        first = self._start + int(index) * self._batch_size
+        samples = [self._dataset[first + row] for row in self._rows]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 class Loader:
@@ -92,11 +93,13 @@ class Loader:
 
     def _start(self, num_samples: int) -> None:
         self.close()
-        rows = _ProcessRows(self._dataset, self.consumed_samples, num_samples, self._process_index, self._process_count)
-        # Grain gives every worker whole elements in turn, so it must be batches that it counts, not rows.
-        batches = grain.MapDataset.source(rows).batch(num_samples // self._process_count, drop_remainder=True)
-        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
-        ahead = batches.to_iter_dataset(options)
+        source = _ProcessBatches(
+            self._dataset, self.consumed_samples, num_samples, self._process_index, self._process_count
+        )
+        # Grain hands whole elements to its workers in turn, so an element is a batch: a row would come out of order.
+        ahead = grain.MapDataset.source(source).to_iter_dataset(
+            grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
+        )
         if self._num_workers:
             if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only absl.app programs parse
                 flags.FLAGS.mark_as_parsed()

@@ -103,7 +103,5 @@ def test_a_component_without_validation_text_leaves_the_others(tmp_path):
 
 def test_too_little_training_text(tmp_path):
     data = (_text(tmp_path / "a.txt", "a", 100),)
-    with pytest.raises(
-        ConfigError, match=r"the training split \(split='969,30,1'\) has 101 tokens"
-    ):
+    with pytest.raises(ConfigError, match=r"the training split \(split='969,30,1'\) has 101 tokens"):
         _build(DataConfig(data=data, seq_length=256))

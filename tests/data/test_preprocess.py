@@ -168,3 +168,10 @@ def test_interrupt_leaves_nothing(tmp_path):
     assert run.returncode == 130
     assert error == "error: interrupted; nothing was written\n"
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_starts_without_jax():
+    """Every worker imports the module anew, so it must be light."""
+    code = "import sys, megajax.data.preprocess; sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(preprocess.__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -81,11 +81,11 @@ def test_default_is_pythons_documentation():
 
 def test_long_texts_are_tokenized_in_pieces(monkeypatch):
     monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 10)
-    text = "short\na longer line than ten\nend\n"
+    text = "short\nabcdefghijklmnopqrst\nend\n"
     tokens = sources.tokenize_documents("x", [text, ""], BYTE)
     assert tokens.tokens.tolist() == [*text.encode(), 256, 256]
     assert tokens.sequence_lengths.tolist() == [len(text) + 1, 1]
-    assert list(sources._chunks(text)) == ["short\n", "a longer l", "ine than t", "en\nend\n"]
+    assert list(sources._chunks(text)) == ["short\n", "abcdefghij", "klmnopqrst", "\nend\n"]
 
 
 @hypothesis.given(
