@@ -297,8 +297,8 @@ class CheckpointStore:
                 files.clean_leftovers(self.directory)
         steps = files.list_steps(self.directory)
         intact = f"step {steps[-1]} is intact" if steps else "there is no earlier one"
-        if isinstance(error, ConfigError):
-            raise error
+        if isinstance(error, ConfigError | TypeError | AttributeError | AssertionError):
+            raise error  # a bug, not the disk
         why = f"step {step} was not saved ({files.reason(error)}); {intact}"
         raise CheckpointError(f"{self.directory}: {why}; make room there or give another folder") from error
 

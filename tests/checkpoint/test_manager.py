@@ -131,6 +131,25 @@ def test_numpy_and_python_leaves_come_back_as_such(open_store):
     assert restored == {"flag": True, "count": 2**40, "rate": 0.1, "none": None, "empty": {}}
 
 
+def test_a_saved_python_scalar_may_be_restored_as_an_array(open_store):
+    store = open_store(logical_axes=None)
+    store.save(1, {"count": 3, "rate": 0.5}, {})
+    restored, _ = store.restore({"count": jax.ShapeDtypeStruct((), jnp.int32), "rate": jnp.float32(0)})
+    assert (int(restored["count"]), restored["count"].dtype) == (3, jnp.int32)
+    assert (float(restored["rate"]), restored["rate"].dtype) == (0.5, jnp.float32)
+
+
+def test_a_bug_is_not_reported_as_a_full_disk(open_store, monkeypatch):
+    def broken() -> None:
+        raise TypeError("a bug")
+
+    store = open_store(async_save=False)
+    monkeypatch.setattr(store, "_complete_folder", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        store.save(1, {"count": np.int32(3)}, {})
+    assert _steps(store) == []
+
+
 def test_floats_may_change_precision(open_store, make_state):
     store = open_store(logical_axes=None, model={})
     store.save(1, {"params": {"w": jnp.arange(6.0) / 7}}, {})
