@@ -54,10 +54,11 @@ def load(path: Path, *, make_vocab_size_divisible_by: int = 1) -> Pretrained:
     config = config.replace(params_dtype=_common_dtype(architecture, table))
     model = GPTModel(config)
     prefix = architecture.prefix if any(name.startswith(architecture.prefix) for name in table) else ""
-    plan = tensor_plan(architecture, model, prefix)
+    shapes = abstract_leaves(model)
+    plan = tensor_plan(architecture, model, shapes, prefix)
     second_head = _second_head(architecture, config, table)
     check_names(architecture, plan, table, prefix)
-    leaves = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract_leaves(model).items()}
+    leaves = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
     for name, entry in table.items():
         if name in plan:
             plan[name].store(entry.read(), leaves)
@@ -88,9 +89,10 @@ def save(pretrained: Pretrained, path: Path, *, like: Path | None = None, max_sh
     source = {} if like is None else read_config(pathlib.Path(like))
     candidates = (_named(source)[0],) if source else ARCHITECTURES
     architecture = choose(config, candidates)
-    plan = tensor_plan(architecture, model, architecture.prefix)
-    leaves = flatten_dict(nn.unbox(pretrained.params), sep="/")
-    _check_leaves(model, leaves)
+    shapes = abstract_leaves(model)
+    plan = tensor_plan(architecture, model, shapes, architecture.prefix)
+    leaves: dict[str, Any] = dict(flatten_dict(nn.unbox(pretrained.params), sep="/"))
+    _check_leaves(shapes, leaves)
     dtypes = {name: jnp.dtype(leaf.dtype) for name, leaf in leaves.items()}
     tensors = {name: tensor._replace(dtype=_dtype(tensor, dtypes)).lazy(leaves) for name, tensor in plan.items()}
     values = architecture.write_config(config)
@@ -142,8 +144,7 @@ def _companions(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
-def _check_leaves(model: GPTModel, leaves: Mapping[str, Any]) -> None:
-    expected = abstract_leaves(model)
+def _check_leaves(expected: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     odd = sorted(set(expected) ^ set(leaves))
     if odd:
         raise ConfigError(f"the parameters do not fit their model: {odd[0]} is on one side only")

@@ -40,6 +40,9 @@ class Row(NamedTuple):
     vocabulary: bool = False
 
 
+HEAD = Row("lm_head.weight", ("output_layer/kernel",), transposed=True, vocabulary=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """One architecture. A new one is one more record in `hf.ARCHITECTURES`.
@@ -66,7 +69,7 @@ class Architecture:
     prefix: str
     rows: tuple[Row, ...]
     layer_rows: tuple[Row, ...]
-    head: Row = Row("lm_head.weight", ("output_layer/kernel",), transposed=True, vocabulary=True)
+    head: Row = HEAD
     ignored: str = r"(?!)"
 
     def read_config(self, values: Mapping[str, Any]) -> TransformerConfig:
@@ -96,7 +99,8 @@ def abstract_leaves(model: GPTModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter, without making any."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), tokens)
-    return flatten_dict(nn.unbox(boxed), sep="/")
+    leaves: dict[str, Any] = dict(flatten_dict(nn.unbox(boxed), sep="/"))
+    return leaves
 
 
 class Part(NamedTuple):
@@ -150,13 +154,19 @@ class Tensor(NamedTuple):
             start += part.shape[-1]
 
 
-def tensor_plan(architecture: Architecture, model: GPTModel, prefix: str) -> dict[str, Tensor]:
+def tensor_plan(
+    architecture: Architecture, model: GPTModel, leaves: Mapping[str, jax.ShapeDtypeStruct], prefix: str
+) -> dict[str, Tensor]:
     """Every tensor that a file of this model has. Rows whose parameters the model lacks (biases, say) drop out.
+
+    Args:
+      leaves: `abstract_leaves(model)`.
+      prefix: what the file's names start with.
 
     Raises:
       ConfigError: the model has parameters that the architecture has no tensor for.
     """
-    config, leaves = model.resolved_config, abstract_leaves(model)
+    config = model.resolved_config
     where = layer_reader(config, model.layer_specs)
     plan: dict[str, Tensor] = {}
 

@@ -12,12 +12,10 @@ from megajax.interop.hf_architecture import Architecture
 from megajax.interop.hf_rope import position_key
 
 # These change how a model is trained or with what precision it runs, not the function its weights stand for.
-_NOT_THE_FUNCTION = frozenset(
-    "hidden_dropout attention_dropout init_method_std embedding_init_method_std bf16 fp16 params_dtype "
-    "recompute_granularity recompute_method recompute_num_layers recompute_modules label_smoothing z_loss_coeff "
-    "make_vocab_size_divisible_by attention_softmax_in_fp32 apply_query_key_layer_scaling fp32_residual_connection "
-    "_derived".split()
-)
+_NOT_THE_FUNCTION = """hidden_dropout attention_dropout init_method_std embedding_init_method_std bf16 fp16 params_dtype
+recompute_granularity recompute_method recompute_num_layers recompute_modules label_smoothing z_loss_coeff
+make_vocab_size_divisible_by attention_softmax_in_fp32 apply_query_key_layer_scaling fp32_residual_connection
+_derived"""
 _POSITIONS = ("position_embedding_type", "max_sequence_length", "seq_len_interpolation_factor")
 _POSITION_PREFIXES = ("rope_", "rotary_", "yarn_")
 _GATED_ONLY = ("glu_linear_offset", "activation_func_clamp_value")
@@ -60,7 +58,7 @@ def _function(config: TransformerConfig, index: int) -> dict[str, Any]:
     """Everything that decides what layer `index` and the model around it compute, each thing in one form only."""
     layer = config.for_layer(index)
     values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-    dropped = _NOT_THE_FUNCTION | set(_POSITIONS) | (set() if layer.gated_linear_unit else set(_GATED_ONLY))
+    dropped = {*_NOT_THE_FUNCTION.split(), *_POSITIONS, *(() if layer.gated_linear_unit else _GATED_ONLY)}
     values = {
         name: value for name, value in values.items() if name not in dropped and not name.startswith(_POSITION_PREFIXES)
     }

@@ -10,29 +10,24 @@ from typing import Any
 
 from megajax.config import Activation, ConfigError
 
-PLUMBING = frozenset(
-    # Which file this is, and who wrote it
-    "architectures model_type auto_map _name_or_path name_or_path transformers_version _commit_hash "
-    # Precision of the files: their own headers say it
-    "dtype torch_dtype "
-    # Token ids and text: the tokenizer's and the generation loop's business
-    "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id decoder_start_token_id "
-    "forced_bos_token_id forced_eos_token_id tokenizer_class prefix suppress_tokens begin_suppress_tokens "
-    "task_specific_params "
-    # What calls return, how they are run, and generation settings that older versions kept here
-    "use_cache return_dict output_attentions output_hidden_states output_scores return_dict_in_generate "
-    "pretraining_tp chunk_size_feed_forward _attn_implementation attn_implementation _attn_implementation_autoset "
-    "_flash_attn_2_enabled torchscript use_bfloat16 tf_legacy_loss gradient_checkpointing "
-    "reorder_and_upcast_attn is_decoder is_encoder_decoder max_length min_length do_sample early_stopping num_beams "
-    "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
-    "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values "
-    "exponential_decay_length_penalty "
-    # Heads of other tasks
-    "id2label label2id num_labels problem_type finetuning_task summary_type summary_use_proj summary_activation "
-    "summary_proj_to_labels summary_first_dropout classifier_dropout "
-    # Says again what other fields say
-    "n_ctx unsloth_version unsloth_fixed".split()
-)
+# Which file this is, and who wrote it; the precision of the files, which their own headers say
+_FILE = """architectures model_type auto_map _name_or_path name_or_path transformers_version _commit_hash dtype
+torch_dtype is_llama_config transformers.js_config unsloth_version unsloth_fixed n_ctx"""
+# Token ids and text: the tokenizer's and the generation loop's business
+_TEXT = """bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id decoder_start_token_id
+forced_bos_token_id forced_eos_token_id tokenizer_class prefix suppress_tokens begin_suppress_tokens
+task_specific_params"""
+# What calls return, how they run, and generation settings that older versions kept here
+_CALLS = """use_cache return_dict output_attentions output_hidden_states output_scores return_dict_in_generate
+output_past pretraining_tp chunk_size_feed_forward _attn_implementation attn_implementation _attn_implementation_autoset
+_flash_attn_2_enabled torchscript use_bfloat16 tf_legacy_loss gradient_checkpointing reorder_and_upcast_attn is_decoder
+max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+num_return_sequences remove_invalid_values exponential_decay_length_penalty"""
+# Heads of other tasks
+_HEADS = """id2label label2id num_labels _num_labels problem_type finetuning_task summary_type summary_use_proj
+summary_activation summary_proj_to_labels summary_first_dropout classifier_dropout"""
+PLUMBING = frozenset(name for group in (_FILE, _TEXT, _CALLS, _HEADS) for name in group.split())
 """Fields that do not change what a causal language model computes."""
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -114,13 +109,13 @@ class Fields:
         return ACTIVATIONS[value]
 
     def refuse(self, name: str) -> None:
-        """A feature that must be off: false, null or absent."""
+        """A feature that must be off: false, null, empty or absent."""
         value = self.optional(name)
-        if value not in (None, False):
+        if value not in (None, False, [], {}, ""):
             raise ConfigError(f"config.json: {name}={value!r} is not supported by megajax")
 
     def finish(self) -> None:
-        """Refuses every field that was not taken, unless it is plumbing, or off (false or null)."""
+        """Refuses every field that was not taken, unless it is plumbing, or off."""
         for name in list(self._left):
             if name in PLUMBING:
                 del self._left[name]

@@ -153,6 +153,7 @@ def _write_qwen(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_smollm3(fields: Fields, layers: int) -> dict[str, Any]:
+    fields.optional("max_window_layers")  # published configs have it, but nothing reads it
     every, rotated = fields.size("no_rope_layer_interval"), fields.take("no_rope_layers")
     if rotated is None:  # 1 means that the layer has a rotary embedding, in spite of the field's name
         rotated = [int((i + 1) % every != 0) for i in range(layers)]
@@ -236,7 +237,7 @@ def _architecture(family: str, model_type: str, dialect: Dialect, defaults: Mapp
         name=f"{family}ForCausalLM",
         base=f"{family}Model",
         model_type=model_type,
-        defaults=_DEFAULTS | defaults,
+        defaults={**_DEFAULTS, **defaults},
         read=dialect.read,
         write=dialect.write,
         prefix="model.",

@@ -10,6 +10,7 @@ from megajax.config import ConfigError, TransformerConfig, to_tuple
 from megajax.interop.hf_fields import Fields, number, positive_integer
 from megajax.models.common.embeddings.positions import rotary_embedding
 from megajax.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from megajax.ops.rope import yarn_mscale
 
 
 def read_rope(fields: Fields, max_position_embeddings: int, *, partial: float | None = None) -> dict[str, Any]:
@@ -157,8 +158,6 @@ def write_rope(config: TransformerConfig, *, partial: bool = False) -> dict[str,
 
 def _write_scaling(config: TransformerConfig) -> dict[str, Any]:
     if config.position_embedding_type == "yarn":
-        rotary = rotary_embedding(config)
-        assert isinstance(rotary, YarnRotaryEmbedding)
         return {
             "rope_type": "yarn",
             "factor": config.yarn_rotary_scaling_factor,
@@ -166,7 +165,7 @@ def _write_scaling(config: TransformerConfig) -> dict[str, Any]:
             "beta_fast": config.yarn_beta_fast,
             "beta_slow": config.yarn_beta_slow,
             "truncate": config.yarn_correction_range_round_to_int,
-            "attention_factor": rotary.concentration,
+            **_write_concentration(config),
         }
     if config.rope_scaling_type == "none":
         if config.seq_len_interpolation_factor is None:
@@ -183,6 +182,16 @@ def _write_scaling(config: TransformerConfig) -> dict[str, Any]:
         if config.rope_attention_factor is not None:
             scaling["attention_factor"] = config.rope_attention_factor
     return scaling
+
+
+def _write_concentration(config: TransformerConfig) -> dict[str, float]:
+    rotary = rotary_embedding(config)
+    assert isinstance(rotary, YarnRotaryEmbedding)
+    if config.rope_attention_factor is None and config.yarn_mscale and config.yarn_mscale_all_dim:
+        return {"mscale": config.yarn_mscale, "mscale_all_dim": config.yarn_mscale_all_dim}
+    if config.rope_attention_factor is None and rotary.concentration == yarn_mscale(rotary.scaling_factor, 1.0):
+        return {}  # the value that it has anyway
+    return {"attention_factor": rotary.concentration}
 
 
 def position_key(config: TransformerConfig) -> tuple[Any, ...]:

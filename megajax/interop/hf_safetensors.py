@@ -220,10 +220,10 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, LazyTensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered:
-            array = np.ascontiguousarray(tensor.make())
+            array = tensor.make()
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise RuntimeError(f"{name} became {array.dtype} {array.shape} instead of {tensor}")
-            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         _sync(file)
 
 
