@@ -2,19 +2,20 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megajax.config import ConfigError
-from megajax.interop import megatron_layouts
+from megajax.interop import megatron_checkpoint, megatron_layouts
 from megajax.interop.megatron_config import transformer_config
 from megajax.interop.megatron_layouts import StateDict
 from megajax.interop.megatron_shards import merge_tensor_parallel, split_tensor_parallel
 from megajax.interop.pretrained import Pretrained
 from megajax.models.gpt.gpt_model import GPTModel
 
-__all__ = ["load", "merge_tensor_parallel", "save", "split_tensor_parallel"]
+__all__ = ["load", "load_checkpoint", "merge_tensor_parallel", "save", "split_tensor_parallel"]
 
 FAMILIES = ("gpt",)
 """Families that can be read and written."""
@@ -66,6 +67,32 @@ def _drop_tied_copy(tensors: dict[str, np.ndarray]) -> None:
             "output_layer.weight differs from the embedding although share_embeddings_and_output_weights=True;"
             " set it to False"
         )
+
+
+def load_checkpoint(
+    path: str | Path,
+    family: str = "gpt",
+    config: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Pretrained:
+    """Reads the newest checkpoint of a folder that Megatron wrote in its torch_dist format.
+
+    Needs torch (`pip install 'megajax[megatron]'`). Pickled parts are read with restrictions: anything in them that
+    is not part of a checkpoint is refused.
+
+    Args:
+      path: folder with `latest_checkpointed_iteration.txt`, or one `iter_*` folder.
+      config: as for `load`; None takes the training arguments that the checkpoint keeps.
+      model_kwargs: as for `load`.
+
+    Raises:
+      ConfigError: as for `load`; no such checkpoint, torch is missing, or a file is damaged or dangerous.
+    """
+    folder = megatron_checkpoint.iteration_folder(path)
+    if config is None:
+        config, arguments = megatron_checkpoint.read_settings(folder)
+        model_kwargs = {**arguments, **(model_kwargs or {})}
+    return load(megatron_checkpoint.read_tensors(folder), family, config, model_kwargs or {})
 
 
 def save(pretrained: Pretrained) -> dict[str, np.ndarray]:

@@ -186,7 +186,8 @@ def main() -> None:
     shims()
     tokens = (np.arange(20).reshape(2, 10) * 7 + 3) % 32
     labels = (tokens * 5 + 1) % 32
-    cases, outputs = {}, {"tokens": tokens, "labels": labels}
+    cases: dict[str, Any] = {}
+    outputs: dict[str, Any] = {"tokens": tokens, "labels": labels}
     for name, (fields, arguments) in VARIANTS.items():
         config, model = BASE | fields, MODEL | arguments
         gpt = build(config, model)
