@@ -7,7 +7,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from megajax.ops.recompute import recomputed_in_backward
+
 Array = jax.Array
+Activation = Callable[[Array], Array]
 
 
 def squared_relu(x: Array) -> Array:
@@ -20,7 +23,7 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
@@ -30,12 +33,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+@recomputed_in_backward
+def activate(x: Array, *, activation: Activation) -> Array:
+    """`activation(x)`, keeping x alone for the backward pass. x [..., F]."""
+    return activation(x)
+
+
+@recomputed_in_backward
 def gated(
-    gate: Array, linear: Array, activation: Callable[[Array], Array], *, clamp: float | None = None, offset: float = 0.0
+    gate: Array, linear: Array, *, activation: Activation, clamp: float | None = None, offset: float = 0.0
 ) -> Array:
     """`activation(gate) * (linear + offset)`: a gated linear unit (arXiv:2002.05202). gate, linear [..., F].
 
-    `clamp` bounds the gate from above only, and the linear half on both sides, before the activation (gpt-oss;
+    Keeps its two inputs alone for the backward pass. `clamp` bounds the gate from above only, and the linear half on both sides, before the activation (gpt-oss;
     Megatron `activation_func_clamp_value`).
     """
     if clamp is not None:

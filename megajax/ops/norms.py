@@ -4,9 +4,12 @@
 import jax
 import jax.numpy as jnp
 
+from megajax.ops.recompute import recomputed_in_backward
+
 Array = jax.Array
 
 
+@recomputed_in_backward
 def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:
     """`(x - mean) / sqrt(var + epsilon) * scale + bias` over the last dim (arXiv:1607.06450). x [..., D], scale [D]."""
     x32 = x.astype(jnp.float32)
@@ -18,6 +21,7 @@ def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) ->
     return y.astype(x.dtype)
 
 
+@recomputed_in_backward
 def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
     """`x / sqrt(mean(x^2) + epsilon) * scale` over the last dim (arXiv:1910.07467). x [..., D], scale [D]."""
     x32 = x.astype(jnp.float32)
@@ -25,6 +29,7 @@ def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+@recomputed_in_backward
 def l2_norm(x: Array, *, epsilon: float) -> Array:
     """RMS normalisation without a weight (Llama 4; Megatron's `L2Norm`)."""
     x32 = x.astype(jnp.float32)

@@ -139,11 +139,12 @@ def make_train_step(
         extra = {"learning_rate": lr, "weight_decay": wd}
         if config.optimizer.decoupled_lr is not None:
             extra["decoupled_learning_rate"] = schedule.decoupled_learning_rate(state.samples)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
-        params = optax.apply_updates(state.params, updates)
 
-        def if_good(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
+            return optax.apply_updates(params, updates), opt_state
+
+        params, opt_state = jax.lax.cond(good, update, lambda *unchanged: unchanged, state.params, state.opt_state)
 
         mean = jnp.where(
             state.grad_norm_mean > 0,
@@ -156,8 +157,8 @@ def make_train_step(
             skipped=state.skipped + jnp.where(good, 0, 1),
             skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
             grad_norm_mean=jnp.where(good, mean, state.grad_norm_mean),
-            params=if_good(params, state.params),
-            opt_state=if_good(opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             loss_scale=new_scale,
         )
         return state, norm, lr, wd, good

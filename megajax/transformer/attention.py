@@ -102,9 +102,11 @@ class SelfAttention(nn.Module):
         """x [B, S, D] -> [B, S, D]. With `decode`, keys and values go into the "cache" collection at `mask.offset`."""
         cfg, sub = self.config, self.submodules
         x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")  # leaves sequence parallelism here
-        q_BSNK = self._heads("linear_q", "heads", cfg.num_attention_heads)(x_BSD)
-        k_BSGK = self._heads("linear_k", "kv_heads", cfg.num_query_groups)(x_BSD)
-        v_BSGK = self._heads("linear_v", "kv_heads", cfg.num_query_groups)(x_BSD)
+        # Flattened once: what the projections share, the backward pass then keeps once.
+        x_TD, BS = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[:2]
+        q_BSNK = self._heads("linear_q", "heads", cfg.num_attention_heads, x_TD, BS)
+        k_BSGK = self._heads("linear_k", "kv_heads", cfg.num_query_groups, x_TD, BS)
+        v_BSGK = self._heads("linear_v", "kv_heads", cfg.num_query_groups, x_TD, BS)
         if sub.q_layernorm is not None:
             q_BSNK = sub.q_layernorm(config=cfg, axis="head_dim", name="q_layernorm")(q_BSNK)
         if sub.k_layernorm is not None:
@@ -117,7 +119,7 @@ class SelfAttention(nn.Module):
         mask = dataclasses.replace(mask, window=cfg.window_size)
         y_BSNK = recomputed(core, "core_attn", cfg)(q_BSNK, k_BSGK, v_BSGK, mask=mask, deterministic=deterministic)
         if cfg.attention_output_gate:
-            gate_BSNK = self._heads("linear_gate", "heads", cfg.num_attention_heads)(x_BSD)
+            gate_BSNK = self._heads("linear_gate", "heads", cfg.num_attention_heads, x_TD, BS)
             y_BSNK = (y_BSNK * jax.nn.sigmoid(gate_BSNK.astype(jnp.float32))).astype(x_BSD.dtype)
         y_BSE = constrain(y_BSNK.reshape(*y_BSNK.shape[:2], -1), "batch", "seq", "act_heads")
         proj_bias = cfg.add_attention_proj_bias
@@ -126,19 +128,17 @@ class SelfAttention(nn.Module):
         )(y_BSE)
         return constrain(y_BSD, "batch", "residual_seq", "act_embed")
 
-    def _heads(self, name: str, axis: str, heads: int | None):  # noqa: ANN202
+    def _heads(self, name: str, axis: str, heads: int | None, x_TD: Array, shape: tuple[int, ...]) -> Array:
+        """x [T, D] projected to heads [*shape, heads, K]."""
         cfg = self.config
-        assert heads is not None and cfg.kv_channels is not None
+        assert heads is not None
+        assert cfg.kv_channels is not None
         use_bias = cfg.add_bias_linear or cfg.add_qkv_bias
         project = self.submodules.linear_qkv(
             config=cfg, features=heads * cfg.kv_channels, axis=axis, use_bias=use_bias, name=name
         )
 
-        def split(x_BSD: Array) -> Array:
-            y = project(x_BSD).reshape(*x_BSD.shape[:2], heads, cfg.kv_channels)
-            return constrain(y, "batch", "seq", f"act_{axis}", None)
-
-        return split
+        return constrain(project(x_TD).reshape(*shape, heads, cfg.kv_channels), "batch", "seq", f"act_{axis}", None)
 
     def _cached(self, k_BSGK: Array, v_BSGK: Array, offset: Array | int) -> tuple[Array, Array]:
         cache = self.variable("cache", "kv", lambda: KVCache(jnp.zeros_like(k_BSGK), jnp.zeros_like(v_BSGK)))

@@ -1,14 +1,14 @@
 """The feed-forward half of a layer."""
 
 # SPDX-License-Identifier: Apache-2.0
-# B batch, S sequence, D hidden, F ffn hidden
+# B batch, S sequence, T = B S tokens, D hidden, F ffn hidden
 import dataclasses
 
 import jax
 from flax import linen as nn
 
 from megajax.config import TransformerConfig
-from megajax.ops.activations import ACTIVATIONS, gated
+from megajax.ops.activations import ACTIVATIONS, activate, gated
 from megajax.parallel.sharding import constrain
 from megajax.spec import Builder
 
@@ -40,15 +40,16 @@ class MLP(nn.Module):
         def fc1(name: str) -> Array:
             y = sub.linear_fc1(
                 config=cfg, features=cfg.ffn_hidden_size, axis="mlp", use_bias=cfg.add_mlp_bias, name=name
-            )(x_BSD)
-            return constrain(y, "batch", "seq", "act_mlp")
+            )(x_TD)
+            return constrain(y.reshape(*x_BSD.shape[:2], -1), "batch", "seq", "act_mlp")
 
         x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")  # leaves sequence parallelism here
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])  # once, for gate and fc1 together
         if cfg.gated_linear_unit:
             clamp, offset = cfg.activation_func_clamp_value, cfg.glu_linear_offset
-            h_BSF = gated(fc1("linear_gate"), fc1("linear_fc1"), activation, clamp=clamp, offset=offset)
+            h_BSF = gated(fc1("linear_gate"), fc1("linear_fc1"), activation=activation, clamp=clamp, offset=offset)
         else:
-            h_BSF = activation(fc1("linear_fc1"))
+            h_BSF = activate(fc1("linear_fc1"), activation=activation)
         y_BSD = sub.linear_fc2(
             config=cfg, features=cfg.hidden_size, axis="mlp", use_bias=cfg.add_mlp_bias, name="linear_fc2"
         )(h_BSF)
