@@ -5,7 +5,7 @@ from typing import Any
 
 from megajax.config import TransformerConfig
 from megajax.interop.hf_architecture import Architecture, Row
-from megajax.interop.hf_fields import ACTIVATION_NAMES, Fields
+from megajax.interop.hf_fields import ACTIVATION_NAMES, Fields, positive_integer
 
 _DEFAULTS = {
     "vocab_size": 50257,
@@ -35,7 +35,7 @@ def _read(fields: Fields) -> dict[str, Any]:
         "num_layers": fields.size("n_layer"),
         "hidden_size": hidden,
         "num_attention_heads": fields.size("n_head"),
-        "ffn_hidden_size": 4 * hidden if inner is None else inner,
+        "ffn_hidden_size": 4 * hidden if inner is None else positive_integer("n_inner", inner),
         "vocab_size": fields.size("vocab_size"),
         "max_sequence_length": fields.size("n_positions"),
         "position_embedding_type": "learned_absolute",

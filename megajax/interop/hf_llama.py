@@ -114,8 +114,8 @@ def _windowed_layers(fields: Fields, layers: int, default: Callable[[bool], list
     if kinds is None:
         windowed = default(on and size is not None)
     else:
-        unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-        if unknown or len(kinds) != layers:
+        known = isinstance(kinds, list) and set(kinds) <= {"full_attention", "sliding_attention"}
+        if not known or len(kinds) != layers:
             raise ConfigError(
                 f"config.json: layer_types={kinds} must name full_attention or sliding_attention for each of"
                 f" num_hidden_layers={layers}"
@@ -142,7 +142,7 @@ def _write_windows(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_qwen(fields: Fields, layers: int) -> dict[str, Any]:
-    first = fields.take("max_window_layers")
+    first = fields.number("max_window_layers")
     return _windowed_layers(fields, layers, lambda on: [on and i >= first for i in range(layers)])
 
 
@@ -157,7 +157,7 @@ def _read_smollm3(fields: Fields, layers: int) -> dict[str, Any]:
     every, rotated = fields.size("no_rope_layer_interval"), fields.take("no_rope_layers")
     if rotated is None:  # 1 means that the layer has a rotary embedding, in spite of the field's name
         rotated = [int((i + 1) % every != 0) for i in range(layers)]
-    if len(rotated) < layers:
+    if not isinstance(rotated, list) or len(rotated) < layers:
         raise ConfigError(f"config.json: no_rope_layers={rotated} must have num_hidden_layers={layers} entries")
     skipped = tuple(int(not value) for value in rotated[:layers])
     pattern = {"no_rope_freq": skipped} if any(skipped) else {}

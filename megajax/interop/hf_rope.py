@@ -60,6 +60,10 @@ def _take(values: dict[str, Any], name: str) -> float:
     return number(name, values.pop(name))
 
 
+def _optional(values: dict[str, Any], name: str) -> float | None:
+    return _take(values, name) if name in values else None
+
+
 def _original(values: dict[str, Any]) -> int:
     return positive_integer("original_max_position_embeddings", values["original_max_position_embeddings"])
 
@@ -106,24 +110,24 @@ def _read_longrope(values: dict[str, Any], longest: int) -> dict[str, Any]:
         "rope_original_max_position_embeddings": _original(values),
         "rope_short_factor": to_tuple([number("short_factor", v) for v in values.pop("short_factor")]),
         "rope_long_factor": to_tuple([number("long_factor", v) for v in values.pop("long_factor")]),
-        "rope_attention_factor": values.pop("attention_factor", None),
+        "rope_attention_factor": _optional(values, "attention_factor"),
     }
 
 
 def _read_yarn(values: dict[str, Any], longest: int) -> dict[str, Any]:
     # There an mscale of 0 counts as missing, and one of the two without the other has no effect.
-    mscale, mscale_all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+    mscale, mscale_all_dim = _optional(values, "mscale"), _optional(values, "mscale_all_dim")
     both = bool(mscale and mscale_all_dim)
     return {
         "position_embedding_type": "yarn",
         "yarn_rotary_scaling_factor": _factor(values, longest),
         "yarn_original_max_position_embeddings": _original(values),
-        "yarn_beta_fast": number("beta_fast", values.pop("beta_fast", None) or 32.0),
-        "yarn_beta_slow": number("beta_slow", values.pop("beta_slow", None) or 1.0),
+        "yarn_beta_fast": _optional(values, "beta_fast") or 32.0,
+        "yarn_beta_slow": _optional(values, "beta_slow") or 1.0,
         "yarn_mscale": mscale if both else None,
         "yarn_mscale_all_dim": mscale_all_dim if both else None,
         "yarn_correction_range_round_to_int": bool(values.pop("truncate", True)),
-        "rope_attention_factor": values.pop("attention_factor", None),
+        "rope_attention_factor": _optional(values, "attention_factor"),
     }
 
 
