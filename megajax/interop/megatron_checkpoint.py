@@ -49,9 +49,9 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
       ConfigError: torch is not installed, or the metadata contains classes that do not belong there.
     """
     try:
-        import torch
-        from torch.distributed import checkpoint as dcp
-        from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+        import torch  # pyright: ignore[reportMissingImports]
+        from torch.distributed import checkpoint as dcp  # pyright: ignore[reportMissingImports]
+        from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
             f"{folder}: reading a torch_dist checkpoint needs torch; install it: pip install 'megajax[megatron]'"
@@ -85,7 +85,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

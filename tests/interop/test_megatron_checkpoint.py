@@ -45,7 +45,7 @@ def test_without_torch_the_message_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
         "from megajax.interop import megatron\n"
-        f"megatron.load_checkpoint({str(CASE)!r}, 'gpt', dict(num_layers=2, hidden_size=32, num_attention_heads=4), {{}})"
+        f"megatron.load_checkpoint({str(CASE)!r}, config=dict(num_layers=2, hidden_size=32, num_attention_heads=4))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "ConfigError" in run.stderr
@@ -100,8 +100,8 @@ def test_training_arguments_become_the_config(tmp_path: Path) -> None:
         ffn_hidden_size=56, kv_channels=8, norm_epsilon=1e-6, normalization="RMSNorm", add_bias_linear=False,
         swiglu=True, position_embedding_type="rope", rotary_base=500000, rotary_percent=1.0, use_rope_scaling=True,
         rope_scaling_factor=32.0, padded_vocab_size=128, max_position_embeddings=64, bf16=True, fp16=False,
-        untie_embeddings_and_output_weights=True, apply_layernorm_1p=False, lr=1e-4, moe_router_topk=8, num_experts=None,
-        yarn_rotary_scaling_factor=1.0,
+        untie_embeddings_and_output_weights=True, apply_layernorm_1p=False, lr=1e-4, moe_router_topk=8,
+        num_experts=None, yarn_rotary_scaling_factor=1.0,
     )  # fmt: skip
     write_common(tmp_path / "common.pt", {"args": arguments})
     config = transformer_config(*read_settings(tmp_path))
