@@ -8,7 +8,7 @@ folder is what `save_pretrained` wrote, with config.json edited where a case is 
 expected.npz: input_ids int32 [2, 40] and logits fp32 (hidden states for models without a head). The weights are large
 (1/sqrt(fan in), norms 1 +- 0.2, biases +- 0.2) and the rotary base small, so that every option moves the logits; the
 change that each case's option makes is printed. The folders hf_gpt2, hf_llama, hf_llama3_rope and hf_qwen3 beside it
-were made in the same way, with the same versions, and also hold gradients, padded and packed inputs and greedy decoding.
+were made in the same way, with the same versions, and hold gradients, padded and packed inputs and greedy decoding.
 """
 
 # SPDX-License-Identifier: Apache-2.0
