@@ -187,7 +187,7 @@ def test_does_not_import_flax(package: str) -> None:
     fail_with(faults, f"{package}/ is pure JAX or plain Python")
 
 
-IMPORT_NAMES = {"orbax-checkpoint": "orbax", "absl-py": "absl"}
+IMPORT_NAMES = {"orbax-checkpoint": "orbax", "absl-py": "absl", "ml-dtypes": "ml_dtypes"}
 
 
 def _distributions(requirements: list[str]) -> set[str]:
