@@ -1,0 +1,64 @@
+"""Writes the README's table of families and parallelisms from what the tests cover: `python tests/readme_table.py`."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- table: tests/readme_table.py -->", "<!-- end of table -->"
+
+PLANNED = ("GPT with MoE, MLA, MTP", "BERT", "T5", "Mamba and hybrids", "CLIP ViT, RADIO", "LLaVA", "RETRO")
+NOT_BUILT = ("CP", "PP", "EP")
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def parallelisms() -> dict[str, list[str]]:
+    """Each parallelism and the layouts of `test_trajectory.py` that use it."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    layouts = _load(ROOT / "tests" / "training" / "test_trajectory.py").LAYOUTS
+    uses = {
+        "DP": lambda row: row.devices > row.tp,
+        "ZeRO-1": lambda row: row.zero == 1 and row.devices > row.tp,
+        "ZeRO-3": lambda row: row.zero == 3 and row.devices > row.tp,
+        "TP": lambda row: row.tp > 1,
+        "SP": lambda row: row.sp,
+    }
+    return {name: [str(row) for row in layouts if used(row)] for name, used in uses.items()}
+
+
+def table() -> str:
+    """The table in Markdown."""
+    covered = parallelisms()
+    names = [*covered, *NOT_BUILT]
+    cells = [f"{len(rows)} layouts" if rows else "not tested" for rows in covered.values()]
+    lines = [f"| family | one device | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    lines.append(f"| GPT, dense | yes | {' | '.join(cells + ['not yet'] * len(NOT_BUILT))} |")
+    lines += [f"| {family} | {' | '.join(['not yet'] * (len(names) + 1))} |" for family in PLANNED]
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """The README with its table made anew."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
