@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -25,11 +25,11 @@ from megajax.training.stop import StopRequest
 
 
 class TrainingStopped(Exception):
-    """The run cannot go on; the message says why and what is saved."""
+    """The run cannot go on; its state is saved. The message says why and what to do, in one line."""
 
 
 class Result(NamedTuple):
-    """How a run ended. val_loss, test_loss: mean nats per token, None without such a split."""
+    """How a run ended. val_loss: mean nats per token at the last evaluation, None if there was none."""
 
     state: TrainState
     step: int
@@ -59,6 +59,9 @@ def train(
     """Runs from the state's step to the end, or to the first reason to stop, and saves.
 
     Metrics of a step are read after the next one has been dispatched, so the device never waits for the host.
+
+    Raises:
+      TrainingStopped: too many updates in a row had to be skipped.
     """
     config = program.config
     evaluate = Evaluator(program, datasets)
@@ -67,9 +70,9 @@ def train(
     running: _Running | None = None
     val_loss: float | None = None
     reason = None
-    with on_mesh(program):
-        while step < program.train_iters and reason is None:
-            _profile(config, step)
+    with on_mesh(program), _Profiler(config) as profiler:
+        while step < program.train_iters and reason is None and reporter.trouble is None:
+            profiler.before(step, state)
             size = program.batches.at(loader.consumed_samples)
             batch = loader.next_batch(size.running_global_batch_size)
             started = time.monotonic()
@@ -88,11 +91,17 @@ def train(
                 reporter.evaluation(step, val_loss)
             reason = _reason_to_stop(config, stop, step, began)
             if reason is None and _due(step, config.checkpoint.save_interval) and step < program.train_iters:
+                if running is not None:  # a run killed after this save must find the step's row
+                    reporter.report(running)
+                    running = None
                 _save(store, step, state, loader, config)
+                reporter.interrupted()
         if running is not None:
             reporter.report(running)
     _save(store, step, state, loader, config)
     store.wait()
+    if reporter.trouble is not None:
+        raise TrainingStopped(f"{reporter.trouble}; step {step} is saved in {store.directory}")
     if reason is not None:
         console.line(f"stopped at step {step}: {reason}; resume with the same command")
     return Result(state, step, val_loss, finished=step >= program.train_iters)
@@ -126,11 +135,33 @@ def _reason_to_stop(config: Config, stop: StopRequest, step: int, began: float) 
     return next((text for flag, (_, text) in zip(flags, reasons, strict=True) if flag), None)
 
 
-def _profile(config: Config, step: int) -> None:
-    if step == config.train.profile_step_start:
-        jax.profiler.start_trace(f"{config.train.run_dir}/profile")
-    if step == config.train.profile_step_end and config.train.profile_step_start is not None:
-        jax.profiler.stop_trace()
+class _Profiler:
+    """Traces the steps [profile_step_start, profile_step_end) into `RUN_DIR/profile`; without an end, all to come."""
+
+    def __init__(self, config: Config):
+        self._start, self._end = config.train.profile_step_start, config.train.profile_step_end
+        self._directory = f"{config.train.run_dir}/profile"
+        self._tracing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def before(self, step: int, state: TrainState) -> None:
+        """Starts or stops where the step that comes next says so; `state` is what the steps before it lead to."""
+        if step == self._end:
+            jax.block_until_ready(state.step)
+            self._stop()
+        if step == self._start:
+            jax.profiler.start_trace(self._directory)
+            self._tracing = True
+
+    def _stop(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
 
 
 class Evaluator:
@@ -163,14 +194,18 @@ class Evaluator:
 
 
 class _Reporter:
-    """Turns finished steps into rows, lines, and the decision that a run has gone wrong."""
+    """Turns finished steps into rows and lines.
+
+    Attributes:
+      trouble: why the run has to stop, None while all is well.
+    """
 
     def __init__(self, program: Program, writers: list[Writer], console: Console):
         self._program = program
         self._writers = writers
         self._console = console
         self._last_finished: float | None = None
-        self._skipped = 0
+        self.trouble: str | None = None
         self._peak = peak_flops_per_second(jax.devices()[0].device_kind)
 
     def report(self, running: _Running) -> None:
@@ -180,7 +215,6 @@ class _Reporter:
         # From the end of the last step to the end of this one: dispatching is asynchronous.
         seconds = finished - (self._last_finished or running.started)
         self._last_finished = finished
-        self._skipped += int(metrics.skipped)
         row = self._row(running, metrics, seconds)
         for writer in self._writers:
             writer.write(row)
@@ -189,14 +223,18 @@ class _Reporter:
             self._console.line(format_step(row, total=total))
         self._console.progress(running.step, total, f"loss {float(metrics.loss):.4f}")
         if int(metrics.skipped_in_a_row) >= config.train.max_skipped_steps:
-            raise TrainingStopped(
+            self.trouble = (
                 f"the last {int(metrics.skipped_in_a_row)} updates were skipped (loss {float(metrics.loss)}, grad norm"
                 f" {float(metrics.grad_norm)}); lower lr, or raise max_skipped_steps={config.train.max_skipped_steps}"
             )
 
+    def interrupted(self) -> None:
+        """Something else than a step ran; its time is not the next step's."""
+        self._last_finished = None
+
     def evaluation(self, step: int, val_loss: float | None) -> None:
         """Writes a row and a line for an evaluation."""
-        self._last_finished = None  # the time that it took is not the next step's
+        self.interrupted()
         if val_loss is None:
             return
         for writer in self._writers:
@@ -221,7 +259,7 @@ class _Reporter:
             "tokens_per_second": tokens / seconds,
             "tflops_per_device": per_device / 1e12,
             "mfu": None if self._peak is None else per_device / self._peak,
-            "skipped_steps": self._skipped,
+            "skipped_steps": int(metrics.skipped),
         }
         if config.model.fp16:
             row["loss_scale"] = float(metrics.loss_scale)

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from megajax.config import Config, ConfigError
-from megajax.data.files import publish, temporary_beside
+from megajax.training.files import clear_errors, new_file
 
 Row = Mapping[str, float | int | None]
 
@@ -30,21 +31,29 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one JSON object a row, appended and flushed. NaN and infinity become null: JSON has neither."""
+    """`metrics.jsonl`: one JSON object a row, appended and flushed. NaN and infinity become null: JSON has neither.
+
+    Raises:
+      ConfigError: the file cannot be written, or the disk is full.
+    """
 
     def __init__(self, path: Path, *, resume_step: int | None):
         self.path = path
-        if resume_step is None:
-            path.unlink(missing_ok=True)
-        elif path.exists():
-            _drop_after(path, resume_step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        with clear_errors(path):
+            if resume_step is None:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                _drop_after(path, resume_step)
+            # Unbuffered: what a full disk has refused is not tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, row: Row) -> None:
         """Appends a row."""
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        rest = memoryview((json.dumps(finite) + "\n").encode())
+        with clear_errors(self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Closes the file."""
@@ -52,8 +61,10 @@ class JsonLines:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that was cut off by a crash is left out."""
+    """The rows of a metrics file, none if there is no file; a last line that a crash has cut off is left out."""
     rows = []
+    if not path.exists():
+        return rows
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
@@ -65,22 +76,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> None:
     # A killed run may have logged steps beyond its last checkpoint; the resumed one takes them again.
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if row.get("step", 0) <= step]
-    temporary = temporary_beside(path)
-    Path(temporary).write_text("".join(kept), encoding="utf-8")
-    publish(temporary, path)
+    with new_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class TensorBoard:
-    """Scalars for TensorBoard."""
+    """Scalars for TensorBoard. Points after `resume_step` that a killed run has left are hidden."""
 
-    def __init__(self, directory: str):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                f"tensorboard_dir={directory}: tensorboardX is not installed; run pip install 'megajax[tensorboard]'"
-            ) from None
-        self._writer = SummaryWriter(directory)
+    def __init__(self, directory: str, *, resume_step: int | None):
+        from tensorboardX import SummaryWriter
+
+        with clear_errors(Path(directory)):
+            self._writer = SummaryWriter(directory, purge_step=None if resume_step is None else resume_step + 1)
 
     def write(self, row: Row) -> None:
         """One scalar a number."""
@@ -97,12 +104,8 @@ class Wandb:
     """Scalars for Weights & Biases."""
 
     def __init__(self, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError(
-                f"wandb_project={project}: wandb is not installed; run pip install 'megajax[wandb]'"
-            ) from None
+        import wandb
+
         self._run = wandb.init(project=project, config=dict(config))
 
     def write(self, row: Row) -> None:
@@ -114,11 +117,21 @@ class Wandb:
         self._run.finish()
 
 
+def require_packages(config: Config) -> None:
+    """Raises ConfigError where the config asks for a writer whose package is missing."""
+    for option, value, package, extra in (
+        ("tensorboard_dir", config.train.tensorboard_dir, "tensorboardX", "tensorboard"),
+        ("wandb_project", config.train.wandb_project, "wandb", "wandb"),
+    ):
+        if value is not None and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{option}={value}: {package} is not installed; run pip install 'megajax[{extra}]'")
+
+
 def make_writers(config: Config, run_dir: Path, as_json: Mapping[str, Any], *, resume_step: int | None) -> list[Writer]:
     """The writers that the config asks for."""
     writers: list[Writer] = [JsonLines(run_dir / "metrics.jsonl", resume_step=resume_step)]
     if config.train.tensorboard_dir is not None:
-        writers.append(TensorBoard(config.train.tensorboard_dir))
+        writers.append(TensorBoard(config.train.tensorboard_dir, resume_step=resume_step))
     if config.train.wandb_project is not None:
         writers.append(Wandb(config.train.wandb_project, as_json))
     return writers

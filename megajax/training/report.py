@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megajax.data.files import publish, temporary_beside
+from megajax.training.files import new_file
 
 TRAIN, VALIDATION, BASELINE = "#9aa5b1", "#1f5fbf", "#c05621"
 
@@ -43,6 +43,5 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str, baseline: t
     axes.grid(axis="y", alpha=0.25)
     if train or val:
         axes.legend(frameon=False)
-    temporary = temporary_beside(path)
-    figure.savefig(temporary, format="png")
-    publish(temporary, path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -14,19 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from megajax import cli
 from megajax.checkpoint import CheckpointStore
-from megajax.config import Config, ConfigError
+from megajax.config import Config, ConfigError, TrainConfig
 from megajax.data.build import Datasets, build_datasets
-from megajax.data.files import publish, temporary_beside
 from megajax.data.loader import Loader
 from megajax.data.sources import unigram_entropy
 from megajax.data.tokenizers import Tokenizer, build_tokenizer
 from megajax.inference.generate import Sampling, generate
 from megajax.models.family import Family
+from megajax.training.files import new_file
 from megajax.training.loop import Evaluator, Result, TrainingStopped, train
-from megajax.training.metrics import Console, make_writers, read_rows
+from megajax.training.metrics import Console, Writer, make_writers, read_rows, require_packages
 from megajax.training.report import plot_loss
 from megajax.training.setup import Program, build_program, fit_config
 from megajax.training.state import TrainState
@@ -39,43 +40,51 @@ def run(config: Config, family: Family) -> int:
     Raises:
       ConfigError: something about the config, the data or the folders cannot work; before training starts.
     """
-    first = jax.process_index() == 0
-    console = Console(quiet=not first)
+    console = Console(quiet=jax.process_index() != 0)
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     run_dir = Path(config.train.run_dir or f"runs/{config.model_family}")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(run_dir)))
 
+    require_packages(config)
     tokenizer = build_tokenizer(config.data.tokenizer)
     config = fit_config(config, tokenizer)
+    prompt = prompt_tokens(config, tokenizer)
     program = build_program(config, family)
     datasets = build_run_datasets(program, tokenizer)
     console.line(describe(program, tokenizer))
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        store = stack.enter_context(open_store(program, run_dir))
         loader = Loader(
             datasets.train,
             process_rows=(jax.process_index(), jax.process_count()),
             num_workers=config.data.num_workers,
         )
         stack.callback(loader.close)
-        state, source = initial_state(program, store, loader)
-        start = int(state.step)
+        # What another run has saved is read before this run makes its own folder: a wrong path leaves no trace.
+        begun = begin(program, run_dir, loader)
+        store = stack.enter_context(open_store(program, checkpoint_folder(config, run_dir)))
+        state, source = begun or resume(program, store, loader)
+        step = int(state.step)
+        if step >= program.train_iters:
+            samples = config.train.train_samples
+            length = f"train_samples={samples}" if samples else f"train_iters={config.train.train_iters}"
+            console.line(f"nothing to do: {source}, the end; to go on, raise {length}")
+            draw(run_dir, datasets, config)
+            return 0
         console.line(source)
-        as_json = cli.to_json(config)
-        if first:
-            write_json(run_dir / "config.json", as_json)
-        writers = make_writers(config, run_dir, as_json, resume_step=start or None) if first else []
+        writers = open_writers(config, run_dir, resume_step=step or None)
         for writer in writers:
             stack.callback(writer.close)
         try:
             result = train(program, state, datasets, loader, store, writers, console, stop)
         except TrainingStopped as error:
-            print(f"error: {error}", file=sys.stderr)
+            sys.stderr.write(f"error: {error}\n")
             return 1
-    if first:
-        finish(program, result, datasets, tokenizer, console, run_dir)
+    draw(run_dir, datasets, config)
+    if result.finished:
+        finish(program, result, datasets, tokenizer, prompt, console)
+    console.line(f"in {run_dir}: config.json, metrics.jsonl, loss.png, checkpoints")
     return 0
 
 
@@ -107,30 +116,35 @@ def build_run_datasets(program: Program, tokenizer: Tokenizer) -> Datasets:
     )
 
 
-def open_store(program: Program, run_dir: Path, *, directory: str | None = None) -> CheckpointStore:
-    """The checkpoints of this run, or those in `directory` to read only."""
+def checkpoint_folder(config: Config, run_dir: Path) -> Path:
+    """Where this run saves and resumes."""
+    return Path(config.checkpoint.save or run_dir / "checkpoints")
+
+
+def open_store(program: Program, directory: str | Path, *, read_only: bool = False) -> CheckpointStore:
+    """The checkpoints in `directory`, to save there or only to read."""
     config = program.config
     return CheckpointStore.open(
-        directory or config.checkpoint.save or run_dir / "checkpoints",
+        directory,
         config.checkpoint,
         family=config.model_family,
         model_config=cli.to_json(config)["model"],
         logical_axes=program.axes,
-        read_only=directory is not None,
+        read_only=read_only,
     )
 
 
-def initial_state(program: Program, store: CheckpointStore, loader: Loader) -> tuple[TrainState, str]:
-    """The state to start from and a line that says where it comes from: this run's newest checkpoint, `load`, or the
-    seed."""
+def begin(program: Program, run_dir: Path, loader: Loader) -> tuple[TrainState, str] | None:
+    """The state of a run that has saved nothing yet, from `load` or the seed, and a line that says which; None for one
+    that has."""
     checkpoint = program.config.checkpoint
-    if store.latest_step() is not None:
-        state, extras = store.restore(program.abstract_state)
-        loader.restore(extras["data"])
-        return state, f"resumed from {store.directory} at step {int(state.step)}"
+    own = checkpoint_folder(program.config, run_dir)
+    with open_store(program, own, read_only=True) as store:
+        if store.latest_step() is not None:
+            return None
     if checkpoint.load is None:
-        return program.create_state(), f"new run; checkpoints go to {store.directory}"
-    with open_store(program, Path(), directory=checkpoint.load) as source:
+        return program.create_state(), f"new run; checkpoints go to {own}"
+    with open_store(program, checkpoint.load, read_only=True) as source:
         if checkpoint.finetune:
             params = source.restore_params(program.abstract_state.params)
             return program.create_state().replace(params=params), f"weights from {checkpoint.load}, all else new"
@@ -139,51 +153,85 @@ def initial_state(program: Program, store: CheckpointStore, loader: Loader) -> t
     return state, f"continued from {checkpoint.load} at step {int(state.step)}"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    temporary = temporary_beside(path)
-    Path(temporary).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    publish(temporary, path)
+def resume(program: Program, store: CheckpointStore, loader: Loader) -> tuple[TrainState, str]:
+    """This run's newest state, and a line that says so."""
+    state, extras = store.restore(program.abstract_state)
+    loader.restore(extras["data"])
+    return state, f"resumed from {store.directory} at step {int(state.step)}"
+
+
+def open_writers(config: Config, run_dir: Path, *, resume_step: int | None) -> list[Writer]:
+    """Writes config.json and opens what the numbers go to; both only on process 0."""
+    if jax.process_index() != 0:
+        return []
+    as_json = cli.to_json(config)
+    with new_file(run_dir / "config.json") as temporary:
+        temporary.write_text(json.dumps(as_json, indent=1) + "\n", encoding="utf-8")
+    return make_writers(config, run_dir, as_json, resume_step=resume_step)
+
+
+def draw(run_dir: Path, datasets: Datasets, config: Config) -> None:
+    """The loss curve so far, if there is one."""
+    rows = read_rows(run_dir / "metrics.jsonl") if jax.process_index() == 0 else []
+    if rows:
+        baseline = ("unigram entropy of the data", entropy_of(datasets, config))
+        plot_loss(rows, run_dir / "loss.png", title=run_dir.name, baseline=baseline)
+
+
+def entropy_of(datasets: Datasets, config: Config) -> float:
+    """Nats per token of the best model that ignores context, on the training data."""
+    assert config.model.vocab_size is not None
+    return unigram_entropy(datasets.train.token_frequencies(config.model.vocab_size))
 
 
 def finish(
-    program: Program, result: Result, datasets: Datasets, tokenizer: Tokenizer, console: Console, run_dir: Path
+    program: Program, result: Result, datasets: Datasets, tokenizer: Tokenizer, prompt: list[int], console: Console
 ) -> None:
-    """The loss curve, and for a run that reached its end the final losses and a sample of text."""
-    vocab_size = program.config.model.vocab_size
-    assert vocab_size is not None
-    entropy = unigram_entropy(datasets.train.token_frequencies(vocab_size))
-    rows = read_rows(run_dir / "metrics.jsonl")
-    picture = run_dir / "loss.png"
-    plot_loss(rows, picture, title=f"{run_dir.name}", baseline=("unigram entropy of the data", entropy))
-    if result.finished:
-        evaluate = Evaluator(program, datasets)
-        losses = {split: evaluate(result.state.params, split) for split in ("validation", "test")}
-        shown = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items() if loss is not None)
-        console.line(f"\n{shown or 'no validation data'} nats per token; unigram entropy of the data {entropy:.4f}")
-        if program.config.train.sample_tokens:
-            console.line(f"\nsample:\n{sample_text(program, result.state.params, tokenizer)}\n")
-    console.line(f"in {run_dir}: config.json, metrics.jsonl, loss.png, checkpoints")
+    """Prints the final losses and a sample of text. Every process must call it."""
+    losses = {"validation": result.val_loss, "test": Evaluator(program, datasets)(result.state.params, "test")}
+    shown = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items() if loss is not None)
+    entropy = entropy_of(datasets, program.config)
+    console.line(f"\n{shown or 'no validation data'} nats per token; unigram entropy of the data {entropy:.4f}")
+    if program.config.train.sample_tokens:
+        console.line(f"\nsample:\n{sample_text(program, result.state.params, tokenizer, prompt)}\n")
 
 
-def sample_text(program: Program, params: Any, tokenizer: Tokenizer) -> str:
-    """The prompt and its continuation by the model."""
-    train = program.config.train
-    prompt = tokenizer.tokenize(train.sample_prompt) or [tokenizer.eod]
-    room = program.config.data.seq_length - len(prompt)
-    if room < 1:
+def prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """The ids that the sample at the end of a run starts from; `eod` alone for an empty prompt.
+
+    Raises:
+      ConfigError: the prompt fills the sequence, or the tokenizer cannot read it.
+    """
+    prompt = config.train.sample_prompt
+    try:
+        ids = tokenizer.tokenize(prompt)
+    except ConfigError as error:
+        if prompt != TrainConfig.sample_prompt:
+            raise ConfigError(f"sample_prompt={prompt!r}: {error}") from error
+        ids = []  # the default is English, which is no text to a tokenizer of numbers
+    room = config.data.seq_length - max(len(ids), 1)
+    if config.train.sample_tokens and room < 1:
         raise ConfigError(
-            f"sample_prompt has {len(prompt)} tokens, no room in seq_length={program.config.data.seq_length}"
+            f"sample_prompt={prompt!r} has {len(ids)} tokens and leaves no room in seq_length="
+            f"{config.data.seq_length}; shorten it, or set sample_tokens=0"
         )
+    return ids or [tokenizer.eod]
+
+
+def sample_text(program: Program, params: Any, tokenizer: Tokenizer, prompt: list[int]) -> str:
+    """The prompt and its continuation by the model. Every process must call it."""
+    train = program.config.train
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
     tokens = generate(
         program.model,
-        jax.device_put(params, jax.devices()[0]),
+        jax.device_put(params, jax.local_devices()[0]),
         jnp.asarray([prompt], jnp.int32),
-        num_tokens=min(train.sample_tokens, room),
+        num_tokens=min(train.sample_tokens, program.config.data.seq_length - len(prompt)),
         sampling=Sampling(temperature=0.8, top_p=0.95),
         key=jax.random.key(train.seed),
     )
     new = np.asarray(tokens[0]).tolist()
     if tokenizer.eod in new:
         new = new[: new.index(tokenizer.eod)]
-    return train.sample_prompt + tokenizer.detokenize(new)
+    return tokenizer.detokenize([*prompt, *new])

@@ -61,12 +61,15 @@ def fit_config(config: Config, tokenizer: Tokenizer) -> Config:
         raise ConfigError(
             f"seq_length={config.data.seq_length} exceeds max_sequence_length={longest}; change one of them"
         )
+    start, end = config.train.profile_step_start, config.train.profile_step_end
+    if end is not None and (start is None or end <= start):
+        raise ConfigError(f"profile_step_end={end} must come after profile_step_start={start}; change one of them")
     model = config.model.replace(vocab_size=given or tokenizer.vocab_size, max_sequence_length=longest)
     sharding.validate_model(model, config.parallel)
     return dataclasses.replace(config, model=model)
 
 
-def build_program(config: Config, family: Family, *, devices: list[jax.Device] | None = None) -> Program:
+def build_program(config: Config, family: Family, *, devices: list[Any] | None = None) -> Program:
     """Mesh, model, optimizer and steps of a config whose vocabulary size is known. Allocates no array."""
     mesh = make_mesh(config.parallel, devices)
     rules = sharding.axis_rules(config.parallel, config.model)

@@ -27,7 +27,8 @@ GRAD_NORM_MEMORY = 0.95
 
 
 class Metrics(NamedTuple):
-    """Scalars of one step, fp32 or int32. loss is the mean over the tokens that count, before the update."""
+    """Scalars of one step, fp32 or int32. loss is the mean over the tokens that count, before the update; skipped is
+    the number of updates left out so far."""
 
     loss: Array
     grad_norm: Array
@@ -74,9 +75,37 @@ def make_train_step(
     data_parallel_size: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)`; every array of the batch is [M, B, ...]."""
+    gradients = _make_gradients(model, family, config, data_parallel_size=data_parallel_size)
+    apply_gradients = _make_apply_gradients(config, optimizer, schedule)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        mask = document_mask(batch)
+        grads, loss_sum = gradients(state, batch, mask)
+        tokens = jnp.sum(mask)
+        loss = loss_sum / jnp.maximum(tokens, 1.0)
+        state, norm, lr, wd = apply_gradients(state, grads, loss, mask.shape[0] * mask.shape[1])
+        metrics = Metrics(
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=jnp.float32(lr),
+            weight_decay=jnp.float32(wd),
+            tokens=tokens.astype(jnp.int32),
+            skipped=state.skipped,
+            skipped_in_a_row=state.skipped_in_a_row,
+            loss_scale=jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale,
+        )
+        return state, metrics
+
+    return step
+
+
+def _make_gradients(
+    model: nn.Module, family: Family, config: Config, *, data_parallel_size: int
+) -> Callable[[TrainState, Batch, Array], tuple[Any, Array]]:
+    """`(state, batch, mask) -> (gradients of the scaled loss, sum of the masked token losses)`."""
     dropout = max(config.model.hidden_dropout, config.model.attention_dropout) > 0
 
-    def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None, scale: Array | float):  # noqa: ANN202
+    def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None, scale: Array | float):
         losses = family.loss(model, params, batch, weights, dropout_key=key)
         return losses.weighted_sum * scale, losses.per_token
 
@@ -87,7 +116,7 @@ def make_train_step(
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
-        def accumulate(carry: tuple[Any, Array], index_and_inputs: tuple[Array, tuple[Batch, Array, Array]]):  # noqa: ANN202
+        def accumulate(carry: tuple[Any, Array], index_and_inputs: tuple[Array, tuple[Batch, Array, Array]]):
             index, (microbatch, w, m) = index_and_inputs
             key = jax.random.fold_in(step_key, index) if dropout else None
             grads, per_token = jax.grad(microbatch_loss, has_aux=True)(state.params, microbatch, w, key, scale)
@@ -107,29 +136,29 @@ def make_train_step(
         )
         return grads, loss_sum
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        mask = document_mask(batch)
-        grads, loss_sum = gradients(state, batch, mask)
-        tokens = jnp.sum(mask)
-        loss = loss_sum / jnp.maximum(tokens, 1.0)
-        state, norm, lr, wd, good = apply_gradients(state, grads, loss, mask.shape[0] * mask.shape[1])
-        metrics = Metrics(
-            loss=loss,
-            grad_norm=norm,
-            learning_rate=jnp.float32(lr),
-            weight_decay=jnp.float32(wd),
-            tokens=tokens.astype(jnp.int32),
-            skipped=1 - good.astype(jnp.int32),
-            skipped_in_a_row=state.skipped_in_a_row,
-            loss_scale=jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale,
-        )
-        return state, metrics
+    return gradients
 
-    def apply_gradients(state: TrainState, grads: Any, loss: Array, samples: int):  # noqa: ANN202
-        new_scale = state.loss_scale
+
+def _make_apply_gradients(
+    config: Config, optimizer: optax.GradientTransformationExtraArgs, schedule: Schedule
+) -> Callable[[TrainState, Any, Array, int], tuple[TrainState, Array, Array, Array]]:
+    """`(state, gradients, loss, samples) -> (state, gradient norm, learning rate, weight decay)`.
+
+    An update that would do harm is skipped: parameters, optimizer state and schedules stay as they are.
+    """
+
+    def apply_gradients(
+        state: TrainState, grads: Any, loss: Array, samples: int
+    ) -> tuple[TrainState, Array, Array, Array]:
+        new_scale, calibrating = state.loss_scale, jnp.bool_(False)
         if state.loss_scale is not None:
             grads = scaling.unscale(grads, state.loss_scale)
-            new_scale = scaling.update(config.optimizer, state.loss_scale, scaling.all_finite(grads))
+            finite = scaling.all_finite(grads)
+            new_scale = scaling.update(config.optimizer, state.loss_scale, finite)
+            # An overflow that a smaller scale may cure is part of finding the scale, not a run gone wrong.
+            may_fall = config.optimizer.loss_scale is None
+            calibrating = may_fall & ~finite & jnp.isfinite(loss)
+            calibrating &= state.loss_scale.scale > config.optimizer.min_loss_scale
         grads, norm = clip_by_global_norm(grads, config.optimizer.clip_grad)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)  # a NaN or infinity in any gradient shows in the norm
         if config.train.spike_factor:
@@ -151,19 +180,20 @@ def make_train_step(
             GRAD_NORM_MEMORY * state.grad_norm_mean + (1 - GRAD_NORM_MEMORY) * norm,
             norm,
         )
+        in_a_row = state.skipped_in_a_row + jnp.where(calibrating, 0, 1)
         state = state.replace(
             step=state.step + 1,
             samples=state.samples + jnp.where(good, samples, 0).astype(jnp.uint32),
             skipped=state.skipped + jnp.where(good, 0, 1),
-            skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+            skipped_in_a_row=jnp.where(good, 0, in_a_row),
             grad_norm_mean=jnp.where(good, mean, state.grad_norm_mean),
             params=params,
             opt_state=opt_state,
             loss_scale=new_scale,
         )
-        return state, norm, lr, wd, good
+        return state, norm, lr, wd
 
-    return step
+    return apply_gradients
 
 
 def make_eval_step(model: nn.Module, family: Family) -> Callable[[Any, Batch], tuple[Array, Array]]:

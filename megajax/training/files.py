@@ -1,0 +1,41 @@
+"""Files of a run folder: whole or not at all, and a disk that fails is one clear line."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megajax.config import ConfigError
+from megajax.data.files import publish, temporary_beside
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a temporary file that becomes `path` on success and goes away otherwise.
+
+    Raises:
+      ConfigError: the disk is full, or the folder cannot be written.
+    """
+    temporary = Path(temporary_beside(path))
+    try:
+        with clear_errors(path):
+            yield temporary
+            publish(str(temporary), path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """Turns the system's errors while `path` is written into one line that names it and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else os.strerror(error.errno).lower() if error.errno else str(error)
+        fix = "make room there" if full else "make it writable"
+        raise ConfigError(f"cannot write {path}: {why}; {fix}, or give another run_dir") from error
