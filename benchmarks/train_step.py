@@ -1,8 +1,8 @@
 """Tokens per second of megajax's training step beside a hand-written JAX step of the same model, in alternation.
 
 The rival is the fast way to write it by hand, not the naive one: activations flattened to [tokens, features] around
-every product, so that each weight gradient is one 2-D product, and the LM head with its cross entropy computed in chunks
-of tokens, gradients included, so that the logits never exist whole. Same numbers in, same loss out (it is checked).
+every product, so that each weight gradient is one 2-D product, and the LM head with its cross entropy computed in
+chunks of tokens, gradients included, so that the logits never exist whole. Same numbers in, same loss out (checked).
 
     python benchmarks/train_step.py                  # speed and temporary memory, in one alternated run
     python benchmarks/train_step.py --what compile   # compile time of 8 and of 64 layers
@@ -157,7 +157,10 @@ def hand_params(p: dict[str, Any]) -> dict[str, Any]:
         "layers": {
             "norm1": layers["input_layernorm"]["scale"],
             "norm2": layers["pre_mlp_layernorm"]["scale"],
-            **{short: attention[f"linear_{long}"]["kernel"] for short, long in zip("qkvo", ("q", "k", "v", "proj"), strict=True)},
+            **{
+                short: attention[f"linear_{long}"]["kernel"]
+                for short, long in zip("qkvo", ("q", "k", "v", "proj"), strict=True)
+            },
             "gate": layers["mlp"]["linear_gate"]["kernel"],
             "up": layers["mlp"]["linear_fc1"]["kernel"],
             "down": layers["mlp"]["linear_fc2"]["kernel"],
@@ -232,7 +235,18 @@ def measure_start() -> None:
     """From `python -m megajax.train` to the end of its first step, in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        command = [sys.executable, "-u", "-m", "megajax.train", "--model", "gpt", "--train-iters", "3", "--run-dir", folder]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "megajax.train",
+            "--model",
+            "gpt",
+            "--train-iters",
+            "3",
+            "--run-dir",
+            folder,
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:

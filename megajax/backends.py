@@ -85,7 +85,10 @@ class CudnnAttention(nn.Module):
         if cfg.attention_dropout and not deterministic:
             raise ConfigError(f"attention_dropout={cfg.attention_dropout} is not in cuDNN attention; set it to 0")
         plain = dataclasses.replace(mask, causal=False, window=None)
-        window = None if mask.window is None else tuple(w if w >= 0 else k.shape[1] for w in mask.window)
+        window = None
+        if mask.window is not None:
+            left, right = (size if size >= 0 else k.shape[1] for size in mask.window)
+            window = (left, right)
         return jax.nn.dot_product_attention(
             q,
             k,

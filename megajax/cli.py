@@ -29,8 +29,6 @@ from megajax.cli_flags import Flag, describe, meant, spell
 from megajax.cli_json import read_json, values_from_json
 from megajax.config import Config, ConfigError, TransformerConfig, heterogeneous_layers_from_json
 
-DEFAULT_FAMILY = "gpt"
-
 
 class FamilyCli(Protocol):
     """What the command line needs to know of a model family."""
@@ -81,7 +79,7 @@ def parse(argv: Sequence[str], *, prog: str, families: Families) -> Config:
     Args:
       argv: the words after the program's name.
       prog: how the program is called, for the help text.
-      families: the model families by name.
+      families: the model families by name; the first is the default of `--model`.
 
     Raises:
       ConfigError: something cannot work; one line that names the flag, its value and the fix.
@@ -205,7 +203,7 @@ def _choose_family(control: Mapping[str, str], data: Mapping[str, Any], families
     asked = control.get("--model")
     if saved is not None and asked not in (None, saved):
         raise ConfigError(f"--model {asked} differs from model_family={saved} of --config; drop --model")
-    name = str(asked or saved or DEFAULT_FAMILY)
+    name = str(asked or saved or next(iter(families)))
     if name not in families:
         what = f"--model {name}" if asked or not saved else f"model_family={name}"
         raise ConfigError(f"{what} is unknown; there is {', '.join(families)}{meant(name, families)}")

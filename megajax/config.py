@@ -7,38 +7,37 @@ Field names are Megatron's where Megatron has the option; the command line deriv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, Self
+
+from megajax.config_checks import (
+    ConfigError,
+    parse_split,
+    require,
+    require_divides,
+    require_fraction,
+    require_positive,
+    to_tuple,
+)
+from megajax.config_heterogeneous import HeterogeneousLayer, heterogeneous_layers_from_json
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "HeterogeneousLayer",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "heterogeneous_layers_from_json",
+    "parse_split",
+    "to_tuple",
+]
 
 PositionEmbedding = Literal["learned_absolute", "rope", "yarn", "none"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "squared_relu", "quick_gelu"]
 RopeScaling = Literal["none", "llama3", "dynamic", "longrope"]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line: the field, its value, and the fix."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_divides(what: str, size: int, by: str, divisor: int) -> None:
-    _require(divisor > 0, f"{by}={divisor} must be at least 1")
-    _require(size % divisor == 0, f"{what}={size} is not divisible by {by}={divisor}; change one of them")
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value is None or value > 0, f"{name}={value} must be greater than 0")
-
-
-def _require_fraction(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(0.0 <= value < 1.0, f"{name}={value} must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,10 +152,10 @@ class TransformerConfig:
     _derived: frozenset[str] = dataclasses.field(default=frozenset(), init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
-        _require_positive(self, "ffn_hidden_size", "vocab_size", "max_sequence_length", "make_vocab_size_divisible_by")
+        require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+        require_positive(self, "ffn_hidden_size", "vocab_size", "max_sequence_length", "make_vocab_size_divisible_by")
         if self.kv_channels is None:
-            _require_divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            require_divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         self._derive("kv_channels", self.hidden_size // self.num_attention_heads)
         self._derive("num_query_groups", self.num_attention_heads)
         self._derive("ffn_hidden_size", 4 * self.hidden_size)
@@ -173,21 +172,19 @@ class TransformerConfig:
             object.__setattr__(self, "_derived", self._derived | {name})
 
     def _validate_attention(self) -> None:
-        _require_divides(
-            "num_attention_heads", self.num_attention_heads, "num_query_groups", self.num_query_groups or 0
-        )
-        _require(
+        require_divides("num_attention_heads", self.num_attention_heads, "num_query_groups", self.num_query_groups or 0)
+        require(
             not (self.qk_layernorm and self.qk_l2_norm), "qk_l2_norm=True excludes qk_layernorm=True; set one of them"
         )
         if self.window_size is not None:
-            _require(
+            require(
                 len(self.window_size) == 2 and min(self.window_size) >= -1,
                 f"window_size={self.window_size} must be two numbers (left, right), each -1 or more",
             )
         if self.window_attn_skip_freq is not None:
-            _require(
+            require(
                 self.window_size is not None,
-                f"window_attn_skip_freq={self.window_attn_skip_freq} has no effect without window_size; set window_size",
+                f"window_attn_skip_freq={self.window_attn_skip_freq} has no effect without window_size; set it",
             )
         for name in ("window_attn_skip_freq", "no_rope_freq"):
             self._validate_layer_pattern(name)
@@ -195,51 +192,51 @@ class TransformerConfig:
     def _validate_layer_pattern(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, int):
-            _require(value > 0, f"{name}={value} must be at least 1")
+            require(value > 0, f"{name}={value} must be at least 1")
         elif value is not None:
-            _require(
+            require(
                 len(value) == self.num_layers and set(value) <= {0, 1},
                 f"{name} has {len(value)} entries; give num_layers={self.num_layers} zeros and ones",
             )
         if name == "no_rope_freq" and isinstance(value, int):
-            _require_divides("num_layers", self.num_layers, "no_rope_freq", value)
+            require_divides("num_layers", self.num_layers, "no_rope_freq", value)
 
     def _validate_positions(self) -> None:
-        _require(0 < self.rotary_percent <= 1, f"rotary_percent={self.rotary_percent} must be above 0 and at most 1")
+        require(0 < self.rotary_percent <= 1, f"rotary_percent={self.rotary_percent} must be above 0 and at most 1")
         if self.position_embedding_type in ("rope", "yarn"):
-            _require(
+            require(
                 self.rotary_dim % 2 == 0,
                 f"rotary_percent={self.rotary_percent} rotates {self.rotary_dim} of kv_channels={self.kv_channels}"
                 " features; the number must be even",
             )
-        _require(
+        require(
             not (self.position_embedding_type == "yarn" and self.rotary_interleaved),
             "rotary_interleaved=True is not defined for position_embedding_type='yarn'; use 'rope'",
         )
         if self.rope_scaling_type == "longrope":
             for name in ("rope_short_factor", "rope_long_factor"):
                 factors = getattr(self, name)
-                _require(
+                require(
                     factors is not None and len(factors) == self.rotary_dim // 2,
                     f"{name} needs {self.rotary_dim // 2} numbers (half the rotated features) with longrope",
                 )
 
     def _validate_rest(self) -> None:
-        _require(not (self.bf16 and self.fp16), "bf16=True excludes fp16=True; set one of them")
-        _require_fraction(self, "hidden_dropout", "attention_dropout", "label_smoothing")
+        require(not (self.bf16 and self.fp16), "bf16=True excludes fp16=True; set one of them")
+        require_fraction(self, "hidden_dropout", "attention_dropout", "label_smoothing")
         if self.recompute_granularity == "full":
-            _require(self.recompute_method is not None, "recompute_granularity='full' needs recompute_method")
-            _require(
+            require(self.recompute_method is not None, "recompute_granularity='full' needs recompute_method")
+            require(
                 self.recompute_num_layers is not None and self.recompute_num_layers > 0,
                 "recompute_granularity='full' needs recompute_num_layers of at least 1",
             )
         else:
-            _require(
+            require(
                 self.recompute_method is None and self.recompute_num_layers is None,
                 "recompute_method and recompute_num_layers need recompute_granularity='full'",
             )
         if self.heterogeneous_layers is not None:
-            _require(
+            require(
                 len(self.heterogeneous_layers) == self.num_layers,
                 f"heterogeneous_layers has {len(self.heterogeneous_layers)} entries; give num_layers={self.num_layers}",
             )
@@ -289,55 +286,6 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeterogeneousLayer:
-    """One layer of a Nemotron-NAS model: either half may be the usual one, one linear map, or absent."""
-
-    attention: Literal["normal", "linear", "no_op"] = "normal"
-    mlp: Literal["normal", "linear", "no_op"] = "normal"
-    num_query_groups: int | None = None
-    ffn_hidden_size: int | None = None
-
-
-def heterogeneous_layers_from_json(
-    data: dict[str, Any], *, hidden_size: int, num_attention_heads: int
-) -> tuple[HeterogeneousLayer, ...]:
-    """Reads `{"block_configs": [{"attention": {...}, "ffn" or "mlp": {...}}, ...]}` of Nemotron-NAS checkpoints.
-
-    `n_heads_in_group` gives `num_attention_heads / n` groups; `ffn_mult` gives `2 ffn_mult hidden_size / 3`, rounded
-    up to a multiple of 256 (`megatron/core/transformer/heterogeneous/heterogeneous_config.py`).
-    """
-    _require("block_configs" in data, "the heterogeneous layer config has no 'block_configs' list; add it")
-    layers = []
-    for i, block in enumerate(data["block_configs"]):
-        attention, mlp = block.get("attention", {}), block.get("ffn", block.get("mlp", {}))
-        groups = attention.get("num_query_groups")
-        if groups is None and attention.get("n_heads_in_group"):
-            _require_divides(
-                f"block_configs[{i}]: num_attention_heads",
-                num_attention_heads,
-                "n_heads_in_group",
-                attention["n_heads_in_group"],
-            )
-            groups = num_attention_heads // attention["n_heads_in_group"]
-        width = mlp.get("ffn_hidden_size") or mlp.get("intermediate_size")
-        if width is None and mlp.get("ffn_mult"):
-            width = -(-int(2 * mlp["ffn_mult"] * hidden_size / 3) // 256) * 256
-        layers.append(
-            HeterogeneousLayer(
-                attention=_heterogeneous_kind(attention),
-                mlp=_heterogeneous_kind(mlp),
-                num_query_groups=groups,
-                ffn_hidden_size=width,
-            )
-        )
-    return tuple(layers)
-
-
-def _heterogeneous_kind(block: dict[str, Any]) -> Literal["normal", "linear", "no_op"]:
-    return "no_op" if block.get("no_op") else "linear" if block.get("replace_with_linear") else "normal"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the devices are divided. Devices that the other axes leave over are data parallel."""
 
@@ -348,8 +296,8 @@ class ParallelConfig:
     """Over data parallelism: 0 replicates, 1 shards the optimizer state, 3 the parameters too."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tensor_model_parallel_size")
-        _require(
+        require_positive(self, "tensor_model_parallel_size")
+        require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel=True has no effect with tensor_model_parallel_size=1; raise it or drop the flag",
         )
@@ -407,30 +355,30 @@ class OptimizerConfig:
     hysteresis: int = 2
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, f"lr={self.lr} must not be negative")
-        _require(0 <= self.min_lr <= self.lr, f"min_lr={self.min_lr} must be between 0 and lr={self.lr}")
-        _require(self.clip_grad >= 0, f"clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
-        _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
-        _require_positive(self, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
-        _require_positive(self, "adam_eps", "loss_scale", "loss_scale_window", "hysteresis")
-        _require_fraction(self, "adam_beta1", "adam_beta2", "sgd_momentum", "lion_beta1", "lion_beta2", "muon_momentum")
+        require(self.lr >= 0, f"lr={self.lr} must not be negative")
+        require(0 <= self.min_lr <= self.lr, f"min_lr={self.min_lr} must be between 0 and lr={self.lr}")
+        require(self.clip_grad >= 0, f"clip_grad={self.clip_grad} must not be negative; 0 turns clipping off")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
+        require_positive(self, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+        require_positive(self, "adam_eps", "loss_scale", "loss_scale_window", "hysteresis")
+        require_fraction(self, "adam_beta1", "adam_beta2", "sgd_momentum", "lion_beta1", "lion_beta2", "muon_momentum")
         for one, other in (
             ("lr_decay_iters", "lr_decay_samples"),
             ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
             ("lr_warmup_iters", "lr_warmup_samples"),
         ):
             both = getattr(self, one) and getattr(self, other)
-            _require(not both, f"{one}={getattr(self, one)} excludes {other}={getattr(self, other)}; set one of them")
+            require(not both, f"{one}={getattr(self, one)} excludes {other}={getattr(self, other)}; set one of them")
         if self.lr_warmup_fraction is not None:
-            _require(
+            require(
                 not (self.lr_warmup_iters or self.lr_warmup_samples),
                 f"lr_warmup_fraction={self.lr_warmup_fraction} excludes lr_warmup_iters and lr_warmup_samples",
             )
-            _require_fraction(self, "lr_warmup_fraction")
+            require_fraction(self, "lr_warmup_fraction")
         wsd = self.lr_wsd_decay_iters or self.lr_wsd_decay_samples
-        _require(self.lr_decay_style != "WSD" or wsd, "lr_decay_style='WSD' needs lr_wsd_decay_iters")
-        _require(self.lr_decay_style == "WSD" or not wsd, "lr_wsd_decay_iters has no effect; set lr_decay_style='WSD'")
-        _require(
+        require(self.lr_decay_style != "WSD" or wsd is not None, "lr_decay_style='WSD' needs lr_wsd_decay_iters")
+        require(self.lr_decay_style == "WSD" or not wsd, "lr_wsd_decay_iters has no effect; set lr_decay_style='WSD'")
+        require(
             self.weight_decay_incr_style == "constant"
             or (self.start_weight_decay is not None and self.end_weight_decay is not None),
             f"weight_decay_incr_style={self.weight_decay_incr_style!r} needs start_weight_decay and end_weight_decay",
@@ -459,24 +407,9 @@ class DataConfig:
     """Processes that read ahead; 0 reads in a thread."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "seq_length")
-        _require(self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative")
+        require_positive(self, "seq_length")
+        require(self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative")
         parse_split(self.split)
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """`"969,30,1"` -> fractions of train, validation and test that sum to 1."""
-    try:
-        parts = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
-    except ValueError:
-        parts = []
-    parts += [0.0] * (3 - len(parts))
-    _require(
-        len(parts) == 3 and min(parts) >= 0 and sum(parts) > 0,
-        f"split={split!r} must be up to three numbers such as 969,30,1",
-    )
-    total = sum(parts)
-    return parts[0] / total, parts[1] / total, parts[2] / total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -496,8 +429,8 @@ class CheckpointConfig:
     """Take only the weights from `load`: step, optimizer and data start anew."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "save_interval", "save_retain")
-        _require(not self.finetune or self.load is not None, "finetune=True needs load: the folder with the weights")
+        require_positive(self, "save_interval", "save_retain")
+        require(not self.finetune or self.load is not None, "finetune=True needs load: the folder with the weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -536,17 +469,17 @@ class TrainConfig:
     """Tokens of the text printed at the end; 0 prints none."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "train_iters", "train_samples", "micro_batch_size", "global_batch_size", "log_interval")
-        _require_positive(self, "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins")
-        _require_positive(self, "max_skipped_steps")
-        _require(self.sample_tokens >= 0, f"sample_tokens={self.sample_tokens} must not be negative")
-        _require(
+        require_positive(self, "train_iters", "train_samples", "micro_batch_size", "global_batch_size", "log_interval")
+        require_positive(self, "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins")
+        require_positive(self, "max_skipped_steps")
+        require(self.sample_tokens >= 0, f"sample_tokens={self.sample_tokens} must not be negative")
+        require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"spike_factor={self.spike_factor} must be 0 (off) or above 1",
         )
         if self.rampup_batch_size is not None:
             start, increment, samples = self.rampup_batch_size
-            _require(
+            require(
                 start > 0 and increment > 0 and samples >= 0,
                 f"rampup_batch_size={self.rampup_batch_size} must be start > 0, increment > 0, samples >= 0",
             )
@@ -563,10 +496,3 @@ class Config:
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     train: TrainConfig = TrainConfig()
-
-
-def to_tuple(value: Any) -> Any:
-    """Lists (as JSON gives them) to tuples, all the way down, so that configs stay hashable."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(to_tuple(v) for v in value)
-    return value

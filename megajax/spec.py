@@ -51,10 +51,10 @@ class ModuleSpec:
                 if not isinstance(inner, ModuleSpec):
                     raise ValueError(f"{self.name}.{slot} is no ModuleSpec, so {rest!r} cannot be replaced inside it")
                 builder = inner.replace(**{rest: builder})
-            submodules = dataclasses.replace(submodules, **{slot: builder})
+            submodules = dataclasses.replace(submodules, **{slot: builder})  # type: ignore[type-var]
         return dataclasses.replace(self, submodules=submodules, **own)
 
     @property
     def name(self) -> str:
         """Name of the module it builds, for messages."""
-        return getattr(self.module, "__name__", repr(self.module))
+        return self.module.__name__ if isinstance(self.module, type) else repr(self.module)

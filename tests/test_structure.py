@@ -22,6 +22,8 @@ PACKAGE = "megajax"
 # Imports go down or stay level. A prefix names a module or a package; the longest that fits counts.
 FLOORS = {
     "config": 0,
+    "config_checks": 0,
+    "config_heterogeneous": 0,
     "cli": 0,
     "cli_flags": 0,
     "cli_help": 0,
@@ -50,7 +52,7 @@ NO_FLAX = ("ops", "data")
 MAX_FILE_LINES, WISHED_FILE_LINES = 500, 400
 MAX_FUNCTION_LINES, WISHED_FUNCTION_LINES = 100, 60
 
-# Where a family may be called by its name, beside the registry and the files of interop/ named for it.
+# Where a family may be called by its name, beside the registry and interop/, whose adapters are each for one family.
 FAMILY_HOMES = {
     "gpt": ("models/gpt/",),
     "bert": ("models/bert/",),
@@ -65,12 +67,12 @@ REGISTRY = "models/registry.py"
 # Megatron's own words that hold a family's name: the datasets and tokenizers of every decoder, flags that are refused,
 # and the table of all its settings.
 MEGATRON_WORDS = re.compile(r"GPTDataset(Config)?|gpt_dataset|GPTSentencePieceTokenizer|--mamba-\*")
-MEGATRON_FILES = ("data/gpt_dataset.py", "interop/megatron_fields.py")
+MEGATRON_FILES = ("data/gpt_dataset.py",)
 
 PRINTERS = ("cli.py",)  # speaks for the programs
 
 # Settings that only these read have no effect on a run.
-NOT_READERS = ("config.py", "cli", "interop/")
+NOT_READERS = ("config", "cli", "interop/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,8 +306,7 @@ def _words(module: Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _may_name(module: Module, family: str) -> bool:
-    named_for_it = module.relative.startswith("interop/") and family in module.relative
-    allowed = named_for_it or module.relative == REGISTRY or module.relative in MEGATRON_FILES
+    allowed = module.relative.startswith("interop/") or module.relative == REGISTRY or module.relative in MEGATRON_FILES
     return allowed or module.relative.startswith(FAMILY_HOMES[family])
 
 

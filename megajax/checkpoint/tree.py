@@ -42,11 +42,13 @@ class Leaf:
         return 0 if self.dtype == NONE else int(np.prod(self.shape, dtype=np.int64)) * jnp.dtype(self.dtype).itemsize
 
     def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
         axes = None if self.axes is None else list(self.axes)
         return {"shape": list(self.shape), "dtype": self.dtype, "axes": axes}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Leaf:
+        """Inverse of `to_json`."""
         axes = None if entry["axes"] is None else tuple(entry["axes"])
         return cls(tuple(entry["shape"]), entry["dtype"], axes)
 

@@ -1,7 +1,9 @@
 """Megatron-LM weights in and out: state dicts, tensor-parallel shards, torch_dist checkpoints."""
 
 # SPDX-License-Identifier: Apache-2.0
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,22 @@ import numpy as np
 
 from megajax.config import ConfigError
 from megajax.interop import megatron_checkpoint, megatron_layouts
-from megajax.interop.megatron_config import transformer_config
+from megajax.interop.hf_safetensors import LazyTensor, tensor_table, write_checkpoint
+from megajax.interop.megatron_config import megatron_settings, transformer_config
 from megajax.interop.megatron_layouts import StateDict
 from megajax.interop.megatron_shards import merge_tensor_parallel, split_tensor_parallel
 from megajax.interop.pretrained import Pretrained
 from megajax.models.gpt.gpt_model import GPTModel
 
-__all__ = ["load", "load_checkpoint", "merge_tensor_parallel", "save", "split_tensor_parallel"]
+__all__ = [
+    "load",
+    "load_checkpoint",
+    "load_folder",
+    "merge_tensor_parallel",
+    "save",
+    "save_folder",
+    "split_tensor_parallel",
+]
 
 FAMILIES = ("gpt",)
 """Families that can be read and written."""
@@ -100,8 +111,61 @@ def save(pretrained: Pretrained) -> dict[str, np.ndarray]:
 
     Any tree of the parameters' structure can stand in for them, such as gradients.
     """
-    if not isinstance(pretrained.model, GPTModel):
-        raise ConfigError(f"family={pretrained.family!r} cannot be written as Megatron weights; use one of {FAMILIES}")
+    return {name: tensor.make() for name, tensor in lazy_tensors(pretrained).items()}
+
+
+def lazy_tensors(pretrained: Pretrained) -> dict[str, LazyTensor]:
+    """What `save` returns, each tensor made on demand: a model that nearly fills the memory can still be written."""
+    model = pretrained.model
+    if not isinstance(model, GPTModel):
+        raise ConfigError(
+            f"family={pretrained.family!r} cannot be written as Megatron weights yet; use one of {', '.join(FAMILIES)}"
+        )
     params = megatron_layouts.flatten(pretrained.params)
-    config = pretrained.model.resolved_config
-    return megatron_layouts.to_state_dict(params, megatron_layouts.tensors(config, pretrained.model, params))
+    return {
+        tensor.name: LazyTensor(
+            np.dtype(params[tensor.parts[0].path].dtype),
+            tensor.shape,
+            partial(megatron_layouts.from_params, params, tensor),
+        )
+        for tensor in megatron_layouts.tensors(model.resolved_config, model, params)
+    }
+
+
+def load_folder(path: str | Path) -> Pretrained:
+    """Reads a folder with safetensors and a config.json `{"transformer_config": fields, "model_args": arguments}`, or a
+    torch_dist checkpoint, beside which such a config.json may lie.
+
+    Raises:
+      ConfigError: as for `load` and `load_checkpoint`.
+    """
+    folder = Path(path)
+    config = model_kwargs = None
+    if (folder / "config.json").is_file():
+        config, model_kwargs = _read_settings(folder / "config.json")
+    if (folder / "latest_checkpointed_iteration.txt").is_file() or (folder / ".metadata").is_file():
+        return load_checkpoint(folder, "gpt", config, model_kwargs)
+    if config is None:
+        raise ConfigError(f"{folder}: holds neither config.json nor a torch_dist checkpoint; give the folder of one")
+    tensors = {name: entry.read() for name, entry in tensor_table(folder).items()}
+    return load(tensors, "gpt", config, model_kwargs or {})
+
+
+def _read_settings(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(settings, dict) or "transformer_config" not in settings:
+        raise ConfigError(f"{file}: has no 'transformer_config'; it must hold transformer_config and model_args")
+    return settings["transformer_config"], settings.get("model_args") or {}
+
+
+def save_folder(pretrained: Pretrained, path: str | Path) -> None:
+    """Writes what `load_folder` reads: model.safetensors and config.json, by the names of Megatron's local layers.
+
+    Raises:
+      ConfigError: a Megatron config cannot express the model, or the folder cannot be written.
+    """
+    fields, arguments = megatron_settings(pretrained.config)
+    write_checkpoint(Path(path), lazy_tensors(pretrained), {"transformer_config": fields, "model_args": arguments})

@@ -171,13 +171,10 @@ def to_params(
     return traverse_util.unflatten_dict(flat)
 
 
-def to_state_dict(params: Mapping[Path, Any], tensors_: Iterator[Tensor]) -> dict[str, np.ndarray]:
-    """The inverse of `to_params`; params by path."""
-    host = {path: np.asarray(leaf) for path, leaf in params.items()}
-    return {
-        tensor.name: tensor.join([host[p.path] if p.row is None else host[p.path][p.row] for p in tensor.parts])
-        for tensor in tensors_
-    }
+def from_params(params: Mapping[Path, Any], tensor: Tensor) -> np.ndarray:
+    """One of Megatron's tensors; params by path."""
+    pieces = [params[part.path] if part.row is None else params[part.path][part.row] for part in tensor.parts]
+    return tensor.join([np.asarray(piece) for piece in pieces])
 
 
 def _require_same_names(state_dict: StateDict, wanted: Sequence[str]) -> None:

@@ -45,8 +45,8 @@ def gated(
 ) -> Array:
     """`activation(gate) * (linear + offset)`: a gated linear unit (arXiv:2002.05202). gate, linear [..., F].
 
-    Keeps its two inputs alone for the backward pass. `clamp` bounds the gate from above only, and the linear half on both sides, before the activation (gpt-oss;
-    Megatron `activation_func_clamp_value`).
+    Keeps its two inputs alone for the backward pass. `clamp` bounds the gate from above only, and the linear half on
+    both sides, before the activation (gpt-oss; Megatron `activation_func_clamp_value`).
     """
     if clamp is not None:
         gate = jnp.minimum(gate, clamp)

@@ -4,7 +4,7 @@
 # B batch, S sequence, C one chunk of it, D hidden, V vocabulary (rows of the table, padding included)
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +76,12 @@ def fused_linear_cross_entropy(
     """`sum(weights * cross_entropy(x @ kernel, labels))` with logits only ever held for a chunk of the sequence.
 
     The gradients are computed in the forward pass, while a chunk's logits exist, and only scaled in the backward one:
-    no logit is computed twice. That is why this function takes the weights and returns their sum.
+    no logit is computed twice. That is why this function takes the weights and returns their sum. In fp16 the loss
+    scale belongs into the weights: the gradient of a logit is rounded to x's dtype before the backward pass.
     """
     chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], kernel_DV.shape[1])
-    total, per_token = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), options, chunks)
-    return FusedLoss(total, jax.lax.stop_gradient(per_token))
+    losses: Any = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), options, chunks)
+    return FusedLoss(losses[0], jax.lax.stop_gradient(losses[1]))
 
 
 def num_chunks(B: int, S: int, V: int) -> int:
@@ -104,11 +105,13 @@ def _fused(
     return total, _join(per_token)
 
 
-def _fused_forward(x_BSD, kernel_DV, labels_BS, weights_BS, options, chunks):  # noqa: ANN001, ANN202
+def _fused_forward(
+    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, options: CrossEntropyOptions, chunks: int
+) -> Any:
     kernel = kernel_DV.astype(x_BSD.dtype)
     D, V = kernel_DV.shape
 
-    def one(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]):  # noqa: ANN202
+    def one(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> Any:
         total, d_kernel = carry
         x_BCD, labels_BC, weights_BC = chunk
         logits = _logits(x_BCD, kernel)
@@ -125,7 +128,7 @@ def _fused_forward(x_BSD, kernel_DV, labels_BS, weights_BS, options, chunks):  #
     return (total, per_token), (_join(d_x), d_kernel.astype(kernel_DV.dtype), per_token)
 
 
-def _fused_backward(options, chunks, residuals, cotangents):  # noqa: ANN001, ANN202
+def _fused_backward(options: CrossEntropyOptions, chunks: int, residuals: Any, cotangents: Any) -> Any:
     del options, chunks
     d_x, d_kernel, per_token = residuals
     scale, _ = cotangents  # per_token is for reporting; its cotangent is zero
@@ -141,7 +144,7 @@ def _logits(x_BCD: Array, kernel_DV: Array) -> Array:
     return logits.reshape(*x_BCD.shape[:-1], kernel_DV.shape[-1])
 
 
-def _split(arrays: tuple[Array, ...], chunks: int) -> tuple[Array, ...]:
+def _split(arrays: tuple[Array, ...], chunks: int) -> Any:
     # Along the sequence, so that a batch sharded over devices stays evenly spread in every chunk.
     def split(a: Array) -> Array:
         return jnp.moveaxis(a.reshape(a.shape[0], chunks, a.shape[1] // chunks, *a.shape[2:]), 1, 0)

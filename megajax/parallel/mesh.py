@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -12,7 +13,7 @@ AXES = ("pp", "dp", "ep", "cp", "tp")
 """Outermost first: tensor parallelism, which talks the most, gets the nearest neighbours."""
 
 
-def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all of them by default) with the axes `AXES`; devices left over become `dp`.
 
     Raises:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from megajax.config import Config
 from megajax.models.family import Family
@@ -27,8 +27,8 @@ class TrainState(struct.PyTreeNode):
     """All of it is saved in a checkpoint; a resumed run continues with the same bits.
 
     step: int32, steps taken. samples: uint32, samples that the schedules have seen (skipped steps do not count).
-    skipped, skipped_in_a_row: int32, updates left out. grad_norm_mean: fp32, running mean of the gradient norm, 0 before
-    the first step. rng: uint32 key data that dropout keys are folded from.
+    skipped, skipped_in_a_row: int32, updates left out. grad_norm_mean: fp32, running mean of the gradient norm, 0
+    before the first step. rng: uint32 key data that dropout keys are folded from.
     """
 
     step: Array

@@ -105,35 +105,39 @@ def _make_gradients(
     """`(state, batch, mask) -> (gradients of the scaled loss, sum of the masked token losses)`."""
     dropout = max(config.model.hidden_dropout, config.model.attention_dropout) > 0
 
-    def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None, scale: Array | float):
+    def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None) -> tuple[Array, Array]:
         losses = family.loss(model, params, batch, weights, dropout_key=key)
-        return losses.weighted_sum * scale, losses.per_token
+        return losses.weighted_sum, losses.per_token
+
+    def microbatch_gradients(
+        params: Any, batch: Batch, weights: Array, mask: Array, step_key: Array, index: Array | int
+    ) -> tuple[Any, Array]:
+        key = jax.random.fold_in(step_key, index) if dropout else None
+        grads, per_token = jax.grad(microbatch_loss, has_aux=True)(params, batch, weights, key)
+        return grads, jnp.sum(per_token * mask)
 
     def gradients(state: TrainState, batch: Batch, mask: Array) -> tuple[Any, Array]:
         weights = loss_weights(
             mask, per_token=config.train.calculate_per_token_loss, data_parallel_size=data_parallel_size
         )
-        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        if state.loss_scale is not None:
+            # Into the weights, so that the first gradient of all, that of the logits, is already scaled in fp16.
+            weights = weights * state.loss_scale.scale
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-
-        def accumulate(carry: tuple[Any, Array], index_and_inputs: tuple[Array, tuple[Batch, Array, Array]]):
-            index, (microbatch, w, m) = index_and_inputs
-            key = jax.random.fold_in(step_key, index) if dropout else None
-            grads, per_token = jax.grad(microbatch_loss, has_aux=True)(state.params, microbatch, w, key, scale)
-            total, loss_sum = carry
-            grads = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
-            return (grads, loss_sum + jnp.sum(per_token * m)), None
-
+        inputs = (dict(batch), weights, mask)
         M = mask.shape[0]
         if M == 1:  # no accumulator to hold beside the gradients
-            first = jax.tree.map(lambda a: a[0], (batch, weights, mask))
-            key = jax.random.fold_in(step_key, 0) if dropout else None
-            grads, per_token = jax.grad(microbatch_loss, has_aux=True)(state.params, first[0], first[1], key, scale)
-            return grads, jnp.sum(per_token * first[2])
+            only = jax.tree.map(lambda a: a[0], inputs)
+            return microbatch_gradients(state.params, *only, step_key, 0)
+
+        def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
+            index, microbatch = indexed
+            grads, loss_sum = microbatch_gradients(state.params, *microbatch, step_key, index)
+            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry[0], grads)
+            return (total, carry[1] + loss_sum), None
+
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        (grads, loss_sum), _ = jax.lax.scan(
-            accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), (dict(batch), weights, mask))
-        )
+        (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))
         return grads, loss_sum
 
     return gradients

@@ -122,7 +122,7 @@ def _add_layers_axis(leaf: Any) -> Any:
     return leaf.replace(names=("layers", *leaf.names)) if is_box(leaf) else leaf
 
 
-def _apply_layer(layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, index: Array) -> tuple[Array, Tree]:
+def _apply_layer(layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, index: Array) -> tuple[Any, Tree]:
     rngs = None if run.dropout_key is None else {"dropout": jax.random.fold_in(run.dropout_key, index)}
     if not run.decode:
         return layer.apply(variables, x_BSD, rngs=rngs, **run.layer_arguments()), None

@@ -1,6 +1,8 @@
 """Normalisation layers: a scale (and bias) over the last dim."""
 
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,12 +13,12 @@ from megajax.ops import norms
 Array = jax.Array
 
 
-def _scale(module: nn.Module, config: TransformerConfig, axis: str, size: int) -> Array:
+def _scale(module: nn.Module, config: TransformerConfig, axis: str, size: int) -> Any:
     # Zero-centred: the parameter starts at 0 and is applied as 1 + scale, so weight decay pulls towards the identity.
     zero_centred = config.layernorm_zero_centered_gamma
     init = nn.initializers.zeros if zero_centred else nn.initializers.ones
     dtype = jnp.dtype(config.params_dtype)
-    scale = module.param("scale", nn.with_logical_partitioning(init, (axis,)), (size,), dtype)
+    scale: Any = module.param("scale", nn.with_logical_partitioning(init, (axis,)), (size,), dtype)
     return scale.astype(jnp.float32) + 1.0 if zero_centred else scale
 
 
@@ -31,7 +33,7 @@ class LayerNorm(nn.Module):
         size = x.shape[-1]
         scale = _scale(self, self.config, self.axis, size)
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
-        bias = self.param("bias", bias_init, (size,), jnp.dtype(self.config.params_dtype))
+        bias: Any = self.param("bias", bias_init, (size,), jnp.dtype(self.config.params_dtype))
         return norms.layer_norm(x, scale, bias, epsilon=self.config.layernorm_epsilon)
 
 

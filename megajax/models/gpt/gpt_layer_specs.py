@@ -1,6 +1,8 @@
 """Layer specs of GPT: one function, in which the backend is the only thing that differs."""
 
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import jax
 from flax import linen as nn
 
@@ -74,7 +76,7 @@ class LinearReplacement(nn.Module):
 
 def _heterogeneous(spec: ModuleSpec, layer: HeterogeneousLayer, backend: BackendSpecProvider) -> ModuleSpec:
     linear = ModuleSpec(LinearReplacement, params={"linear": backend.column_parallel_linear()})
-    changes: dict[str, Builder | None] = {}
+    changes: dict[str, Any] = {}
     for slot, norm, kind in (
         ("self_attention", "input_layernorm", layer.attention),
         ("mlp", "pre_mlp_layernorm", layer.mlp),
