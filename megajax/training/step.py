@@ -110,7 +110,7 @@ def _make_gradients(
         return losses.weighted_sum, losses.per_token
 
     def microbatch_gradients(
-        params: Any, batch: Batch, weights: Array, mask: Array, step_key: Array, index: Array | int
+        params: Any, step_key: Array, index: Array | int, batch: Batch, weights: Array, mask: Array
     ) -> tuple[Any, Array]:
         key = jax.random.fold_in(step_key, index) if dropout else None
         grads, per_token = jax.grad(microbatch_loss, has_aux=True)(params, batch, weights, key)
@@ -128,11 +128,11 @@ def _make_gradients(
         M = mask.shape[0]
         if M == 1:  # no accumulator to hold beside the gradients
             only = jax.tree.map(lambda a: a[0], inputs)
-            return microbatch_gradients(state.params, *only, step_key, 0)
+            return microbatch_gradients(state.params, step_key, 0, *only)
 
         def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
             index, microbatch = indexed
-            grads, loss_sum = microbatch_gradients(state.params, *microbatch, step_key, index)
+            grads, loss_sum = microbatch_gradients(state.params, step_key, index, *microbatch)
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry[0], grads)
             return (total, carry[1] + loss_sum), None
 
