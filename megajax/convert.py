@@ -23,7 +23,7 @@ megajax   folder of checkpoints, as in runs/NAME/checkpoints; start from it with
 
 examples:
   python -m megajax.convert --from hf ~/llama --to megajax runs/llama/checkpoints
-  python -m megajax.convert --from megajax runs/gpt/checkpoints --to hf exported
+  python -m megajax.convert --from megajax runs/NAME/checkpoints --to hf exported
 """
 
 
