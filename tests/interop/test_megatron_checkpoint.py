@@ -77,6 +77,14 @@ def test_damaged_pickles_are_one_line() -> None:
             restricted_load(data, ".metadata", METADATA_CLASSES)
 
 
+def test_a_checkpoint_with_a_dangerous_metadata_file_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    shutil.copytree(CASE, tmp_path / "copy")
+    (tmp_path / "copy" / "iter_0000007" / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(ConfigError, match=r"builtins\.exec"):
+        megatron.load_checkpoint(tmp_path / "copy", "gpt", fields(), MODEL)
+
+
 def write_common(path: Path, value: Any) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("common/data.pkl", pickle.dumps(value))
