@@ -57,6 +57,7 @@ def _parameters(name: str) -> int:
     boxed = jax.eval_shape(GPTModel(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     counts = jax.tree.map(lambda leaf: math.prod(leaf.shape), nn.unbox(boxed))
     tables = 1 if config.share_embeddings_and_output_weights else 2
+    assert config.vocab_size is not None
     padding = (config.padded_vocab_size - config.vocab_size) * config.hidden_size * tables
     return sum(jax.tree.leaves(counts)) - padding
 
