@@ -222,7 +222,7 @@ class _Reporter:
         if running.step % config.train.log_interval == 0 or running.step in (1, total):
             self._console.line(format_step(row, total=total))
         self._console.progress(running.step, total, f"loss {float(metrics.loss):.4f}")
-        if int(metrics.skipped_in_a_row) >= config.train.max_skipped_steps:
+        if self.trouble is None and int(metrics.skipped_in_a_row) >= config.train.max_skipped_steps:
             self.trouble = (
                 f"the last {int(metrics.skipped_in_a_row)} updates were skipped (loss {float(metrics.loss)}, grad norm"
                 f" {float(metrics.grad_norm)}); lower lr, or raise max_skipped_steps={config.train.max_skipped_steps}"
