@@ -21,9 +21,9 @@ DEFAULT = Config(
     model_family="gpt",
     model=TransformerConfig(
         num_layers=4,
-        hidden_size=192,
-        num_attention_heads=6,
-        ffn_hidden_size=512,
+        hidden_size=128,
+        num_attention_heads=2,
+        ffn_hidden_size=384,
         make_vocab_size_divisible_by=128,
         position_embedding_type="rope",
         normalization="RMSNorm",
@@ -35,10 +35,17 @@ DEFAULT = Config(
         attention_dropout=0.0,
     ),
     optimizer=OptimizerConfig(
-        lr=4e-3, min_lr=4e-4, lr_decay_style="cosine", lr_warmup_fraction=0.05, adam_beta2=0.95, weight_decay=0.1
+        optimizer="muon",
+        muon_use_nesterov=True,
+        lr=2e-2,
+        min_lr=2e-3,
+        lr_decay_style="cosine",
+        lr_warmup_fraction=0.05,
+        adam_beta2=0.95,
+        weight_decay=0.1,
     ),
     data=DataConfig(seq_length=256),
-    train=TrainConfig(train_iters=500, micro_batch_size=16),
+    train=TrainConfig(train_iters=600, micro_batch_size=8),
 )
 
 
