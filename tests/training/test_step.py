@@ -182,11 +182,11 @@ def test_a_spike_is_skipped():
     assert metrics.skipped == 0
     mean = 0.95 * norm + 0.05 * 2.9 * norm
     assert state.grad_norm_mean == pytest.approx(mean, rel=1e-5)
-    state, metrics = step(state, _batch(gain=3.3))  # 3.3 < 3 * 1.095
-    assert metrics.skipped == 1
+    state, metrics = step(state, _batch(gain=3.3))  # above 3 (0.95 + 0.05 2.9) = 3.285
+    assert (metrics.skipped, metrics.skipped_in_a_row) == (1, 1)
     assert state.grad_norm_mean == pytest.approx(mean, rel=1e-5)
     state, metrics = step(state, _batch(gain=3.2))
-    assert metrics.skipped == 1
+    assert (metrics.skipped, metrics.skipped_in_a_row) == (1, 0)
 
 
 def test_evaluation_sums_losses_and_tokens():
