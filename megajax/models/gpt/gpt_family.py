@@ -45,7 +45,7 @@ DEFAULT = Config(
         weight_decay=0.1,
     ),
     data=DataConfig(seq_length=256),
-    train=TrainConfig(train_iters=600, micro_batch_size=8),
+    train=TrainConfig(train_iters=220, micro_batch_size=8),
 )
 
 
