@@ -139,7 +139,7 @@ def test_the_console_draws_a_bar_only_on_a_terminal(monkeypatch):
         console.line("a line")
     assert plain.getvalue() == "a line\n"
     assert quiet.getvalue() == ""
-    bar = f"{'█' * 12}{'░' * 12} 1/2 l"
+    bar = f"{'█' * 12}{'░' * 12} 1/2 "
     assert terminal.getvalue() == f"{bar}\r{' ' * 29}\ra line\n"
 
 
