@@ -112,7 +112,7 @@ def test_loss_and_gradient_are_the_weighted_means(microbatches, dp, per_token):
 
 
 def test_weights_sum_to_one_unless_a_shard_is_all_masked():
-    mask = _batch(2)["loss_mask"]
+    mask = jnp.asarray(_batch(2)["loss_mask"])
     assert np.sum(loss_weights(mask, per_token=True, data_parallel_size=2)) == pytest.approx(1)
     assert np.sum(loss_weights(mask, per_token=False, data_parallel_size=2)) == pytest.approx(1)
     # row 2 alone in its shard: Megatron divides its zero by one and still counts the shard
@@ -121,8 +121,8 @@ def test_weights_sum_to_one_unless_a_shard_is_all_masked():
 
 
 def test_document_mask_leaves_out_the_last_token_of_each_document():
-    mask = np.array([[1, 1, 1, 1, 0, 1]], np.float32)
-    segments = np.array([[1, 1, 2, 2, 2, 3]])
+    mask = jnp.asarray([[1, 1, 1, 1, 0, 1]], jnp.float32)
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 3]])
     np.testing.assert_array_equal(
         document_mask({"loss_mask": mask, "segment_ids": segments}), np.array([[1, 0, 1, 1, 0, 1]])
     )
