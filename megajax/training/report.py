@@ -32,7 +32,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str, baseline: t
         axes.plot(*zip(*val, strict=True), color=VALIDATION, linewidth=2, marker="o", markersize=4, label="validation")
         last_step, last = val[-1]
         axes.annotate(
-            f"{last:.3f}", (last_step, last), (0, -14), textcoords="offset points", ha="right", color=VALIDATION
+            f"{last:.3f}", (last_step, last), (0, 8), textcoords="offset points", ha="right", color=VALIDATION
         )
     if baseline is not None:
         axes.axhline(
