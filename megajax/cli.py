@@ -333,7 +333,7 @@ def _companions(
     if resized or (swiglu and values.get("ffn_hidden_size", own_width) is None):
         gated = swiglu or values.get("gated_linear_unit", model.gated_linear_unit)
         size = values.get("hidden_size", model.hidden_size)
-        found["ffn_hidden_size"] = size * 8 // 3 // 64 * 64 if gated else None
+        found["ffn_hidden_size"] = max(64, size * 8 // 3 // 64 * 64) if gated else None
     return found
 
 

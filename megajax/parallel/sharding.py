@@ -132,7 +132,7 @@ def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
     for name, size in (
         ("num_attention_heads", model.num_attention_heads),
         ("ffn_hidden_size", model.ffn_hidden_size),
-        ("make_vocab_size_divisible_by", model.padded_vocab_size),
+        ("the padded vocabulary (see make_vocab_size_divisible_by)", model.padded_vocab_size),
     ):
         if (size or 0) % tp:
             raise ConfigError(f"{name}={size} is not divisible by tensor_model_parallel_size={tp}; change one of them")
