@@ -396,7 +396,8 @@ class DataConfig:
     split: str = "969,30,1"
     """Relative sizes of train, validation and test."""
     tokenizer: str = "byte"
-    """`byte`, or the path of a Hugging Face `tokenizer.json`, a sentencepiece `.model`, or a tiktoken file."""
+    """`byte`, `null:VOCAB` (numbers as text), or the path of a `tokenizer.json`, a sentencepiece `.model`, or a tiktoken
+    file."""
     seq_length: int = 256
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
@@ -430,7 +431,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "save_interval", "save_retain")
-        require(not self.finetune or self.load is not None, "finetune=True needs load: the folder with the weights")
+        require(not self.finetune or self.load is not None, "finetune=True needs load=FOLDER with the weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -250,7 +250,7 @@ BAD = [
     ),
     ("--bf16 --fp16", "--bf16=True excludes --fp16=True; set one of them"),
     ("--lr -1", "--lr=-1.0 must not be negative"),
-    ("--finetune", "--finetune=True needs load: the folder with the weights"),
+    ("--finetune", "--finetune=True needs --load=FOLDER with the weights"),
     (
         "--lr-warmup-iters 1 --lr-warmup-samples 2",
         "--lr-warmup-iters=1 excludes --lr-warmup-samples=2; set one of them",
