@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megajax.config import ConfigError
+from megajax.data.files import remove_empty
 
 CONFIG_FILE = "config.json"
 EXTRAS_FILE = "extras.json"
@@ -189,8 +190,10 @@ def claim(directory: Path) -> IO[str]:
     """Creates `directory`, proves that it can be written, and locks it against a second run until the file is closed.
 
     Raises:
-      CheckpointError: not writable, no folder, or another process saves there.
+      CheckpointError: not writable, the disk is full, no folder, or another process saves there. Folders that this
+        would have made are then not there.
     """
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as probe:
@@ -198,6 +201,7 @@ def claim(directory: Path) -> IO[str]:
             probe.flush()
         lock = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the store is open
     except OSError as error:
+        remove_empty(missing)
         raise CheckpointError(f"save={directory}: cannot write there ({reason(error)}); give another folder") from None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,9 +213,9 @@ def claim(directory: Path) -> IO[str]:
             raise CheckpointError(f"save={directory}: {owner} is saving there; give another folder") from None
         # A file system without locks: two runs in one folder then stay the user's business.
     else:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
+        with contextlib.suppress(OSError):  # a full disk has no room for the name; the lock holds without it
+            lock.truncate(0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {os.uname().nodename}\n".encode())
     return lock
 
 

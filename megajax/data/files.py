@@ -4,13 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megajax.config import ConfigError
+
+
+@contextlib.contextmanager
+def clear_errors(path: str | os.PathLike[str], *, instead: str) -> Iterator[None]:
+    """Turns the system's errors while `path` is written into a ConfigError of one line that names it and the fix.
+
+    Args:
+      instead: what else could be done than to make `path` writable, in the imperative.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else os.strerror(error.errno).lower() if error.errno else str(error)
+        fix = "make room there" if full else "make it writable"
+        raise ConfigError(f"cannot write {path}: {why}; {fix}, or {instead}") from error
 
 
 def temporary_beside(path: str | os.PathLike[str]) -> str:
@@ -51,26 +68,36 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     Several processes may do this at once for the same `path`: the first one wins, the others' folders are dropped.
 
     Raises:
-      ConfigError: the parent folder cannot be written.
+      ConfigError: the folder cannot be written, or the disk is full. An error of the system in the body counts as such,
+        so nothing but writing into the temporary folder belongs there.
     """
     target = pathlib.Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        os.chmod(temporary, 0o777 & ~_umask())
-    except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error.strerror}; choose a folder that can be written") from error
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
+    with clear_errors(target, instead="choose a folder that can be written"):
+        missing = [folder for folder in target.parents if not folder.exists()]
+        temporary = None
         try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+            os.chmod(temporary, 0o777 & ~_umask())
+            yield temporary
+            for file in temporary.iterdir():
+                _flush(file)
+            try:
+                os.rename(temporary, target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            remove_empty(missing)
+
+
+def remove_empty(folders: Iterable[pathlib.Path]) -> None:
+    """Removes the folders, innermost first, up to the first that holds something or is not there to be removed."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _umask() -> int:

@@ -48,15 +48,16 @@ def load_or_build(
       key: everything the arrays depend on, as JSON values.
 
     Raises:
-      ConfigError: the folder cannot be written, or an entry is damaged.
+      ConfigError: the folder cannot be written, the disk is full, or an entry is damaged.
     """
     if cache_path is None:
         return IndexArrays(build())
     description = json.dumps({"format": CACHE_FORMAT, **key}, indent=1, sort_keys=True)
     entry = pathlib.Path(cache_path) / f"{kind}-{hashlib.sha256(description.encode()).hexdigest()[:32]}"
     if not entry.is_dir():
+        arrays = build()
         with new_directory(entry) as temporary:
-            for name, array in build().items():
+            for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array)
             (temporary / "description.json").write_text(description + "\n")
     return _from_folder(str(entry))

@@ -3,13 +3,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from megajax.config import ConfigError
+from megajax.data import files
 from megajax.data.files import publish, temporary_beside
 
 
@@ -29,13 +27,6 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def clear_errors(path: Path) -> Iterator[None]:
+def clear_errors(path: Path) -> AbstractContextManager[None]:
     """Turns the system's errors while `path` is written into one line that names it and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full" if full else os.strerror(error.errno).lower() if error.errno else str(error)
-        fix = "make room there" if full else "make it writable"
-        raise ConfigError(f"cannot write {path}: {why}; {fix}, or give another run_dir") from error
+    return files.clear_errors(path, instead="give another run_dir")

@@ -3,7 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import pathlib
 
 import pytest
@@ -29,6 +31,17 @@ def test_failed_directory_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), new_directory(tmp_path / "d") as folder:  # noqa: PT012
         (folder / "half").write_text("x")
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    target = tmp_path / "made" / "too" / "d"
+    with pytest.raises(ConfigError) as caught, new_directory(target) as folder:  # noqa: PT012
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value) == (
+        f"cannot write {target}: the disk is full; make room there, or choose a folder that can be written"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,7 +34,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown optimizer": ("--optimizer adamw", ("--optimizer adamw", "adam")),
     "missing config file": ("--config {d}/none.json", ("{d}/none.json cannot be read",)),
     "fp16 and bf16": ("--fp16 --bf16", ("--bf16", "--fp16", "set one of them")),
-    "nothing to finetune": ("--finetune", ("--finetune=True", "needs load")),
+    "nothing to finetune": ("--finetune", ("--finetune=True", "needs --load=FOLDER")),
     "no steps": ("--train-iters 0", ("--train-iters=0", "must be greater than 0")),
     # sizes
     "heads": ("--num-attention-heads 3", ("--hidden-size=16", "--num-attention-heads=3", "change one")),
@@ -259,6 +259,43 @@ def test_full_disk_under_config_json(tiny, error_of, monkeypatch):
     run_dir = tiny.text.with_name("run")
     assert f"cannot write {run_dir}/config.json: the disk is full; make room there" in error
     assert [path.name for path in run_dir.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_full_disk_under_the_index_cache(tiny, error_of, monkeypatch):
+    """Whichever of the arrays no longer fits, the cache and the run's folder are as if nothing had run."""
+    cache, original = tiny.text.with_name("cache"), np.save
+    for room in range(3):
+        saved = 0
+
+        def save(path: Path, array: Any, room: int = room) -> None:
+            nonlocal saved
+            if saved == room:
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            saved += 1
+            original(path, array)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(np, "save", save)
+            error = error_of(tiny.argv("run", f"--train-iters 1 --data-cache-path {cache}"))
+        assert f"cannot write {cache}/gpt-" in error
+        assert "the disk is full; make room there" in error
+        assert [path.name for path in tiny.text.parent.iterdir()] == [tiny.text.name]
+    tiny.train("run", f"--train-iters 1 --data-cache-path {cache}")
+
+
+@pytest.mark.usefixtures("one_device")
+def test_full_disk_when_the_checkpoints_are_opened(tiny, error_of, monkeypatch):
+    class Full:
+        def __init__(self, **_: Any):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("megajax.checkpoint.files.tempfile.NamedTemporaryFile", Full)
+    error = error_of(tiny.argv("run", "--train-iters 1"))
+    run_dir = tiny.text.with_name("run")
+    assert f"save={run_dir}/checkpoints: cannot write there (the disk is full)" in error
+    assert not run_dir.exists()
 
 
 @pytest.mark.usefixtures("one_device")
