@@ -19,6 +19,7 @@ from megajax.config_checks import (
     to_tuple,
 )
 from megajax.config_heterogeneous import HeterogeneousLayer, heterogeneous_layers_from_json
+from megajax.config_parallel import ParallelConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -286,24 +287,6 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the devices are divided. Devices that the other axes leave over are data parallel."""
-
-    tensor_model_parallel_size: int = 1
-    sequence_parallel: bool = False
-    """Also shard the residual stream over the tensor-parallel axis (needs tensor_model_parallel_size > 1)."""
-    zero: Literal[0, 1, 3] = 1
-    """Over data parallelism: 0 replicates, 1 shards the optimizer state, 3 the parameters too."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "tensor_model_parallel_size")
-        require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "sequence_parallel=True has no effect with tensor_model_parallel_size=1; raise it or drop the flag",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Optimizer, learning rate and weight decay schedules, clipping and loss scaling.
 
@@ -396,7 +379,7 @@ class DataConfig:
     split: str = "969,30,1"
     """Relative sizes of train, validation and test."""
     tokenizer: str = "byte"
-    """`byte`, `null:VOCAB` (numbers as text), or the path of a `tokenizer.json`, a sentencepiece `.model`, or a tiktoken
+    """`byte`, `null:VOCAB` (numbers as text), or the path of a `tokenizer.json`, a sentencepiece `.model` or a tiktoken
     file."""
     seq_length: int = 256
     reset_position_ids: bool = False

@@ -9,27 +9,56 @@ from jax.sharding import AxisType, Mesh
 
 from megajax.config import ConfigError, ParallelConfig
 
-AXES = ("pp", "dp", "ep", "cp", "tp")
-"""Outermost first: tensor parallelism, which talks the most, gets the nearest neighbours."""
+AXES = ("pp", "replica", "dp", "ep", "cp", "ulysses", "tp")
+"""Outermost first: tensor parallelism, which talks the most, gets the nearest neighbours. All are always there, most
+of them with size 1. Context parallelism is (cp, ulysses): keys and values travel over cp, heads are traded over ulysses.
+"""
+
+DATA_AXES = ("replica", "dp", "ep")
+"""What the batch is divided over."""
+
+ZERO_AXES = ("dp", "ep")
+"""What ZeRO shards over; `replica` holds copies (hybrid sharding)."""
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all of them by default) with the axes `AXES`; devices left over become `dp`.
 
     Raises:
-      ConfigError: the number of devices is not a multiple of the model-parallel size.
+      ConfigError: the number of devices is not a multiple of the sizes asked for.
     """
     devices = jax.devices() if devices is None else list(devices)
-    tp = parallel.tensor_model_parallel_size
-    if len(devices) % tp:
-        raise ConfigError(
-            f"tensor_model_parallel_size={tp} does not divide the {len(devices)} devices; choose a divisor of them"
-        )
-    shape = (1, len(devices) // tp, 1, 1, tp)
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "num_distributed_optimizer_instances": parallel.num_distributed_optimizer_instances,
+    }
+    left = len(devices)
+    for name, size in sizes.items():
+        if left % size:
+            raise ConfigError(f"{name}={size} does not divide the {_counted(len(devices), left)}; choose a divisor")
+        left //= size
+    shape = (
+        1,
+        parallel.num_distributed_optimizer_instances,
+        left,
+        parallel.expert_model_parallel_size,
+        parallel.ring_size,
+        parallel.ulysses_size,
+        parallel.tensor_model_parallel_size,
+    )
     # Auto, not make_mesh's newer default Explicit: sharding is said by constraints and propagated by XLA.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def _counted(devices: int, left: int) -> str:
+    return f"{devices} devices" if left == devices else f"{left} groups that the other sizes make of {devices} devices"
+
+
 def data_parallel_size(mesh: Mesh) -> int:
     """Shards that a batch is divided into."""
-    return mesh.shape["dp"] * mesh.shape["ep"]
+    size = 1
+    for axis in DATA_AXES:
+        size *= mesh.shape[axis]
+    return size

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megajax.config import ConfigError, ParallelConfig, TransformerConfig
+from megajax.parallel.mesh import DATA_AXES, ZERO_AXES
 
 Array = jax.Array
 MeshAxes = tuple[str, ...]
@@ -18,23 +19,24 @@ MeshAxes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """Logical axis -> mesh axes, for parameters and activations (`table`) and for the optimizer state."""
+    """Logical axis -> mesh axes: for parameters and activations (`table`), optimizer state and gradients."""
 
     table: Mapping[str, MeshAxes]
     optimizer_table: Mapping[str, MeshAxes]
+    gradient_table: Mapping[str, MeshAxes]
 
 
 def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
     """The table. Nothing else in megajax names a mesh axis for a tensor."""
-    data: MeshAxes = ("dp", "ep")
     tp = parallel.tensor_model_parallel_size
     # Fewer key/value heads than shards: every shard keeps all of them and reads the one it needs.
     kv: MeshAxes = ("tp",) if (model.num_query_groups or tp) % tp == 0 else ()
+    seq: MeshAxes = ("cp", "ulysses")
     table: dict[str, MeshAxes] = {
         # activations
-        "batch": data,
-        "seq": ("cp",),
-        "residual_seq": ("cp", "tp") if parallel.sequence_parallel else ("cp",),
+        "batch": DATA_AXES,
+        "seq": seq,
+        "residual_seq": (*seq, "tp") if parallel.sequence_parallel else seq,
         "act_embed": (),
         "act_heads": ("tp",),
         "act_kv_heads": kv,
@@ -43,7 +45,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         # parameters
         "layers": ("pp",),
         "vocab": ("tp",),
-        "embed": data if parallel.zero == 3 else (),
+        "embed": ZERO_AXES if parallel.zero == 3 else (),
         "heads": ("tp",),
         "kv_heads": kv,
         "mlp": ("tp",),
@@ -51,7 +53,12 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "norm": (),
         "positions": (),
     }
-    return AxisRules(table, table | {"embed": data if parallel.zero >= 1 else ()})
+    zeros = table | {"embed": ZERO_AXES}
+    return AxisRules(
+        table,
+        optimizer_table=zeros if parallel.zero >= 1 else table,
+        gradient_table=zeros if parallel.zero >= 2 else table,
+    )
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -61,6 +68,19 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty or not rules:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(axes, rules, where="an activation"))
+
+
+def merge_tokens(x: Array) -> Array:
+    """x [B, S, ...] -> [B S, ...], so that a weight gradient is one plain 2-D product.
+
+    With two dims to contract, XLA:CPU writes transposed copies of both operands first, which costs a third of the step.
+    x stays as it is where the mesh divides the sequence: two sharded dims become one only by gathering them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    seq = dict(nn.get_logical_axis_rules()).get("seq") or ()
+    if x.ndim < 3 or math.prod(mesh.shape.get(axis, 1) for axis in seq) > 1:
+        return x
+    return x.reshape(-1, *x.shape[2:])
 
 
 def spec_of(axes: tuple[str | None, ...], table: Mapping[str, Any], *, where: str = "a parameter") -> PartitionSpec:

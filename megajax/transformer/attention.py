@@ -13,7 +13,7 @@ from flax import linen as nn
 from megajax.config import TransformerConfig
 from megajax.ops.attention import AttentionMask, dot_product_attention
 from megajax.ops.rope import Rotary, apply_rotary
-from megajax.parallel.sharding import constrain
+from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.spec import Builder
 from megajax.transformer.linear import init_std, normal_init
 from megajax.transformer.recompute import recomputed
@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
         cfg, sub = self.config, self.submodules
         x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")  # leaves sequence parallelism here
         # Flattened once: what the projections share, the backward pass then keeps once.
-        x_TD, BS = x_BSD.reshape(-1, x_BSD.shape[-1]), x_BSD.shape[:2]
+        x_TD, BS = merge_tokens(x_BSD), x_BSD.shape[:2]
         q_BSNK = self._heads("linear_q", "heads", cfg.num_attention_heads, x_TD, BS)
         k_BSGK = self._heads("linear_k", "kv_heads", cfg.num_query_groups, x_TD, BS)
         v_BSGK = self._heads("linear_v", "kv_heads", cfg.num_query_groups, x_TD, BS)
@@ -129,7 +129,7 @@ class SelfAttention(nn.Module):
         return constrain(y_BSD, "batch", "residual_seq", "act_embed")
 
     def _heads(self, name: str, axis: str, heads: int | None, x_TD: Array, shape: tuple[int, ...]) -> Array:
-        """x [T, D] projected to heads [*shape, heads, K]."""
+        """x [T, D] (or [B, S, D]) projected to heads [*shape, heads, K]."""
         cfg = self.config
         assert heads is not None
         assert cfg.kv_channels is not None

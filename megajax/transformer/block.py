@@ -2,7 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, D hidden
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +35,16 @@ class LayerInputs(NamedTuple):
     context_mask: AttentionMask | None = None
 
 
+class StackRows(NamedTuple):
+    """The rows of a stack that one pipeline stage holds: what its parameters' leading dim means.
+
+    index: int [n], the layer of each row. valid: bool [n]; False is padding, which passes its input on.
+    """
+
+    index: Array
+    valid: Array
+
+
 class TransformerBlock(nn.Module):
     """Layers `layer_specs[0]`, `layer_specs[1]`, ... and a final norm. x [B, S, D] -> [B, S, D].
 
@@ -52,7 +62,22 @@ class TransformerBlock(nn.Module):
     layer_norm: Builder | None = None
 
     @nn.compact
-    def __call__(self, x_BSD: Array, inputs: LayerInputs, *, decode: bool = False, deterministic: bool = True) -> Array:
+    def __call__(
+        self,
+        x_BSD: Array,
+        inputs: LayerInputs,
+        *,
+        decode: bool = False,
+        deterministic: bool = True,
+        rows: Mapping[str, StackRows] | None = None,
+        final_norm: bool = True,
+    ) -> Array:
+        """Runs all layers and the final norm; or, for a pipeline, a part of it.
+
+        Args:
+          rows: for each stack, which of its layers the parameters given to `apply` hold; {} runs no layer.
+          final_norm: False leaves the norm out.
+        """
         cfg = self.config
         if len(self.layer_specs) != cfg.num_layers:
             raise ConfigError(f"{len(self.layer_specs)} layer specs for num_layers={cfg.num_layers}; give one a layer")
@@ -62,8 +87,11 @@ class TransformerBlock(nn.Module):
             deterministic=deterministic,
             dropout_key=None if deterministic else self.make_rng("dropout"),
             recorded=self.is_mutable_collection("intermediates") and not self.is_initializing(),
+            rows=rows,
         )
         for segment in stack_layout(cfg, self.layer_specs):
+            if rows is not None and segment.stacks[0].name not in rows:
+                continue
             layers = [self._layer(stack) for stack in segment.stacks]
             variables = tuple(
                 self._variables(stack, layer, x_BSD, run) for stack, layer in zip(segment.stacks, layers, strict=True)
@@ -75,6 +103,8 @@ class TransformerBlock(nn.Module):
                 if decode:
                     self.put_variable("cache", stack.name, cache)
                 self.sow("intermediates", stack.name, output)
+        if not final_norm:
+            return x_BSD
         if self.layer_norm is not None:
             x_BSD = self.layer_norm(config=cfg, name="final_layernorm")(x_BSD)
         return x_BSD.astype(jnp.dtype(cfg.compute_dtype))
@@ -92,7 +122,10 @@ class TransformerBlock(nn.Module):
             stacked = jax.jit(jax.vmap(lambda k: init_one(k).get(collection, {})))(keys)
             return jax.tree.map(_add_layers_axis, stacked, is_leaf=is_box)
 
-        variables = {"params": self.param(stack.name, init, "params")}
+        if self.is_initializing():
+            variables = {"params": self.param(stack.name, init, "params")}
+        else:  # not `self.param`, which would trace `init` again to compare shapes; the layers compare theirs
+            variables = {"params": self.get_variable("params", stack.name)}
         if run.decode:
             key = self.make_rng("params") if self.is_initializing() else None
             cache = self.variable("cache", stack.name, init, key, "cache")
@@ -108,6 +141,7 @@ class _Run(NamedTuple):
     deterministic: bool
     dropout_key: Array | None
     recorded: bool
+    rows: Mapping[str, StackRows] | None
 
     def layer_arguments(self) -> dict[str, Any]:
         given = {name: value for name, value in self.inputs._asdict().items() if value is not None}
@@ -131,7 +165,7 @@ def _apply_layer(layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, ind
 
 
 Step = Callable[[Array, Tree], tuple[Array, Tree]]
-"""One period of a segment: (x, (variables and index of each of its layers)) -> (x, (caches, outputs))."""
+"""One period of a segment: (x, (variables, (index, valid)) of each of its layers) -> (x, (caches, outputs))."""
 
 
 def _run_segment(
@@ -139,21 +173,24 @@ def _run_segment(
 ) -> tuple[Array, Tree]:
     def step(x_BSD: Array, period: Tree) -> tuple[Array, Tree]:
         caches, outputs = [], []
-        for layer, layer_variables, index in zip(layers, *period, strict=True):
-            x_BSD, cache = _apply_layer(layer, run, layer_variables, x_BSD, index)
+        for layer, layer_variables, (index, valid) in zip(layers, *period, strict=True):
+            y_BSD, cache = _apply_layer(layer, run, layer_variables, x_BSD, index)
+            x_BSD = y_BSD if valid is None else jnp.where(valid, y_BSD, x_BSD)
             caches.append(cache)
             outputs.append(x_BSD if run.recorded else None)
         return x_BSD, (tuple(caches), tuple(outputs))
 
-    xs = (variables, tuple(_layer_indices(stack) for stack in segment.stacks))
+    every = [run.rows[stack.name] if run.rows else (_layer_indices(stack), None) for stack in segment.stacks]
+    xs = (variables, tuple((index, valid) for index, valid in every))
     width = len(segment.stacks)
     if config.recompute_granularity != "full":
         return jax.lax.scan(step, x_BSD, xs)
     asked = config.recompute_num_layers or 1
     if config.recompute_method == "uniform":
         return _scan_in_groups(step, x_BSD, xs, group=max(1, asked // width))
-    # "block": the first layers of the whole stack are recomputed, the others keep their activations.
-    first = -(-max(0, asked - segment.stacks[0].first) // width)
+    # "block": the first layers of the whole stack (of each pipeline stage) are recomputed, the others keep activations.
+    before = 0 if run.rows else segment.stacks[0].first
+    first = -(-max(0, asked - before) // width)
     return _scan_parts(x_BSD, xs, [(jax.checkpoint(step, prevent_cse=False), first), (step, segment.repeats)])
 
 

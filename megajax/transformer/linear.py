@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from megajax.config import TransformerConfig
 from megajax.ops.linear import linear
+from megajax.parallel.sharding import merge_tokens
 
 Array = jax.Array
 
@@ -48,7 +49,7 @@ class ColumnParallelLinear(nn.Module):
         init = normal_init(init_std(self.config), ("embed", self.axis))
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init((self.axis,)), (self.features,), dtype) if self.use_bias else None
-        return linear(x, kernel, bias)
+        return linear(merge_tokens(x), kernel, bias).reshape(*x.shape[:-1], self.features)
 
 
 class RowParallelLinear(nn.Module):
@@ -68,4 +69,4 @@ class RowParallelLinear(nn.Module):
         init = normal_init(output_init_std(self.config), (self.axis, "embed"))
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init(("norm",)), (self.features,), dtype) if self.use_bias else None
-        return linear(x, kernel, bias)
+        return linear(merge_tokens(x), kernel, bias).reshape(*x.shape[:-1], self.features)

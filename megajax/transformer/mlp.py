@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from megajax.config import TransformerConfig
 from megajax.ops.activations import ACTIVATIONS, activate, gated
-from megajax.parallel.sharding import constrain
+from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.spec import Builder
 
 Array = jax.Array
@@ -44,7 +44,7 @@ class MLP(nn.Module):
             return constrain(y.reshape(*x_BSD.shape[:2], -1), "batch", "seq", "act_mlp")
 
         x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")  # leaves sequence parallelism here
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])  # once, for gate and fc1 together
+        x_TD = merge_tokens(x_BSD)  # once, for gate and fc1 together
         if cfg.gated_linear_unit:
             clamp, offset = cfg.activation_func_clamp_value, cfg.glu_linear_offset
             h_BSF = gated(fc1("linear_gate"), fc1("linear_fc1"), activation=activation, clamp=clamp, offset=offset)

@@ -13,7 +13,7 @@ from megajax.ops.cross_entropy import (
     cross_entropy,
     fused_linear_cross_entropy,
 )
-from megajax.parallel.sharding import constrain
+from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.transformer.linear import init_std, normal_init
 
 Array = jax.Array
@@ -44,7 +44,7 @@ def loss_options(config: TransformerConfig) -> CrossEntropyOptions:
 def language_model_logits(hidden_BSD: Array, kernel_DV: Array, config: TransformerConfig) -> Array:
     """hidden [B, S, D] -> fp32 logits [B, S, vocab_size]; padding rows of the table are cut off."""
     hidden_BSD = constrain(hidden_BSD, "batch", "seq", "act_embed")
-    flat = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    flat = merge_tokens(hidden_BSD)
     logits = jnp.dot(flat, kernel_DV.astype(flat.dtype), preferred_element_type=jnp.float32)
     logits = constrain(logits.reshape(*hidden_BSD.shape[:-1], -1), "batch", "seq", "act_vocab")
     return logits[..., : config.vocab_size]
