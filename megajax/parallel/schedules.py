@@ -55,6 +55,16 @@ class Costs:
     work: tuple[float, ...] | None = None
     """What the operations of each virtual stage take relative to the others, such as its layers; None: the same."""
 
+    def of(self, kind: Kind, splits_backward: bool) -> float:
+        """Time of an operation; without operations `W`, `B` does their work too."""
+        whole = self.input_gradient + self.weight_gradient
+        times: dict[Kind, tuple[float, float]] = {
+            "F": (self.forward, self.forward),
+            "B": (whole, self.input_gradient),
+            "W": (0.0, self.weight_gradient),
+        }
+        return times[kind][splits_backward]
+
 
 class _Key(NamedTuple):
     kind: Kind
@@ -104,8 +114,7 @@ class Schedule:
     def timeline(self, costs: Costs | None = None) -> tuple[tuple[Span, ...], ...]:
         """For each stage when its operations run if each begins once its stage is free and its inputs are there."""
         costs = costs or Costs()
-        whole = 0.0 if self.splits_backward else costs.weight_gradient
-        times = {"F": costs.forward, "B": costs.input_gradient + whole, "W": costs.weight_gradient}
+        times = {kind: costs.of(kind, self.splits_backward) for kind in KINDS}
         work = costs.work or (1.0,) * self.virtual_stages
         finished: dict[_Key, float] = {}
         spans: list[list[Span]] = [[] for _ in range(self.stages)]

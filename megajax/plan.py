@@ -1,0 +1,172 @@
+"""Plans a run before it starts, on a machine without its GPUs: `python -m megajax.plan --help`."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megajax import cli
+from megajax.config import ConfigError
+from megajax.config_checks import require
+from megajax.data.files import clear_errors, publish, temporary_beside
+from megajax.parallel import pipeline_layout, schedule_plot
+from megajax.parallel.pipeline_layout import Layout
+from megajax.parallel.schedules import SCHEDULES, Costs, Schedule, label, make_schedule
+
+_HELP = """
+examples:
+  python -m megajax.plan --schedule 1f1b --pp 4 --microbatches 8
+  python -m megajax.plan --schedule 1f1b --pp 16 --microbatches 64 --layout 'Et*3|(tt|)*29,m|L' --png pipeline.png
+  python -m megajax.plan --schedule zb-h1 --pp 8 --microbatches 32 --num-layers 32 --bytes-per-microbatch 3e9 --json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan that was asked for."""
+    options = _parser().parse_args(argv)
+    if options.schedule is None:
+        raise ConfigError(f"there is nothing to plan: give --schedule, one of {', '.join(SCHEDULES)}; see --help")
+    plan_schedule(options)
+
+
+def plan_schedule(options: argparse.Namespace) -> None:
+    """Draws a pipeline schedule and says how long its stages idle and what they hold."""
+    for flag, value in (("--pp", options.pp), ("--microbatches", options.microbatches)):
+        if value is None:
+            raise ConfigError(f"{flag} is missing; --schedule needs it")
+    memory = options.bytes_per_microbatch
+    if memory is not None:
+        require(0 < memory < 1e18, f"--bytes-per-microbatch {memory:g} must be above 0 and below 1e18")
+    layout = _layout(options)
+    chunks = options.chunks or 1
+    if layout is not None:
+        chunks = len(layout) // options.pp
+    schedule = make_schedule(options.schedule, options.pp, options.microbatches, chunks, group=options.group)
+    costs = _costs(layout)
+    if options.png is not None:
+        _save_figure(schedule_plot.draw_figure(schedule, costs, memory), options.png.expanduser())
+    if options.json:
+        print(json.dumps(_as_json(schedule, costs, layout, memory)))
+        return
+    stages, microbatches = options.pp, options.microbatches
+    print(f"{schedule.name}: {stages} stages of {chunks} chunk{'s' * (chunks > 1)}, {microbatches} microbatches\n")
+    if layout is not None:
+        print(schedule_plot.draw_layout(layout, stages) + "\n")
+    print(schedule_plot.draw_text(schedule, width=shutil.get_terminal_size((120, 24)).columns) + "\n")
+    print(schedule_plot.summary(schedule, costs, memory))
+
+
+def _layout(options: argparse.Namespace) -> Layout | None:
+    """Layers of every virtual stage, or None if nothing says how many there are."""
+    split = {
+        "--decoder-first-pipeline-num-layers": options.first,
+        "--decoder-last-pipeline-num-layers": options.last,
+        "--account-for-embedding-in-pipeline-split": options.account_for_embedding or None,
+        "--account-for-loss-in-pipeline-split": options.account_for_loss or None,
+    }
+    given = [flag for flag, value in split.items() if value is not None]
+    if options.layout is not None:
+        if given:
+            raise ConfigError(f"{given[0]} has no effect beside --layout; remove one of them")
+        return pipeline_layout.parse_layout(
+            options.layout, options.pp, options.chunks, num_layers=options.num_layers, mtp_num_layers=options.mtp
+        )
+    if options.num_layers is None:
+        if given or options.mtp is not None:
+            flag = given[0] if given else "--mtp-num-layers"
+            raise ConfigError(f"{flag} has no effect without --num-layers; add it")
+        return None
+    layers = pipeline_layout.split_layers(
+        options.num_layers,
+        options.pp,
+        1 if options.chunks is None else options.chunks,
+        options.first,
+        options.last,
+        options.account_for_embedding,
+        options.account_for_loss,
+    )
+    return pipeline_layout.layout_of(layers, options.mtp or 0)
+
+
+def _costs(layout: Layout | None) -> Costs:
+    """Stages with more layers take longer. Embedding and loss weigh nothing: every stage does its share of them."""
+    if layout is None:
+        return Costs()
+    layers = [part.count(pipeline_layout.DECODER) + part.count(pipeline_layout.MTP) for part in layout]
+    if len(set(layers)) == 1:
+        return Costs()
+    return Costs(work=tuple(count * len(layers) / sum(layers) for count in layers))
+
+
+def _as_json(schedule: Schedule, costs: Costs, layout: Layout | None, memory: float | None) -> dict[str, Any]:
+    """Numbers by stage are lists over stages, slots lists over stages of lists over chunks."""
+    return {
+        "schedule": schedule.name,
+        "stages": schedule.stages,
+        "chunks": schedule.chunks,
+        "microbatches": schedule.microbatches,
+        "ticks": schedule.ticks,
+        "bubble": schedule.bubble(costs),
+        "peak_live": schedule.peak_live(),
+        "bytes_in_flight": None if memory is None else schedule.bytes_in_flight(memory),
+        "ring_slots": {name: schedule.ring_slots(name).tolist() for name in ("saved", "forward", "backward")},
+        "layout": layout,
+        "table": [[op and label(op) for op in row] for row in schedule.table],
+    }
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    require(not path.is_dir(), f"--png {path}: is a folder; give the name of a file in it")
+    temporary = Path(temporary_beside(path))
+    try:
+        with clear_errors(path, instead="give another --png"):
+            figure.savefig(temporary, format="png")
+            publish(str(temporary), path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m megajax.plan",
+        description=__doc__,
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("pipeline schedule").add_argument
+    add("--schedule", metavar="NAME", help=f"draw a schedule: {', '.join(SCHEDULES)}")
+    add("--pp", "--pipeline-model-parallel-size", type=int, metavar="N", help="pipeline stages")
+    add("--microbatches", "--num-microbatches", type=int, metavar="N", help="microbatches of a step")
+    chunks = ("--virtual-pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank")
+    add("--chunks", *chunks, dest="chunks", type=int, metavar="N", help="model chunks of a stage (1, or the layout's)")
+    group = "--microbatch-group-size-per-vp-stage"
+    add("--group", group, dest="group", type=int, metavar="N", help="microbatches in a row through one chunk (pp)")
+    layout = "--pipeline-model-parallel-layout"
+    add("--layout", layout, dest="layout", metavar="STR", help="layers of the stages, such as 'Et*3|(tt|)*29,m|L'")
+    add("--num-layers", type=int, metavar="N", help="decoder layers, split evenly if no layout says otherwise")
+    add("--mtp-num-layers", dest="mtp", type=int, metavar="N", help="layers of multi-token prediction")
+    add("--decoder-first-pipeline-num-layers", dest="first", type=int, metavar="N", help="layers of the first stage")
+    add("--decoder-last-pipeline-num-layers", dest="last", type=int, metavar="N", help="layers of the last stage")
+    embedding = "--account-for-embedding-in-pipeline-split"
+    add(embedding, dest="account_for_embedding", action="store_true", help="the embedding counts as a layer")
+    loss = "--account-for-loss-in-pipeline-split"
+    add(loss, dest="account_for_loss", action="store_true", help="the loss counts as a layer")
+    size = "--bytes-per-microbatch"
+    add(size, type=float, metavar="N", help="activations one microbatch leaves on a stage, all its chunks together")
+    add("--png", type=Path, metavar="FILE", help="also save a picture of operations and memory over time")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
