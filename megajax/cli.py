@@ -138,11 +138,16 @@ def from_json(data: Mapping[str, Any], *, families: Families) -> Config:
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs a program and exits: 2 after a user's mistake (`error: ...` on stderr), 130 after Ctrl-C, 141 when the
-    reader of stdout has gone. Any other exception is a bug and keeps its traceback.
+    """Runs a program and exits with `exit_code` of it. An exception that is a bug keeps its traceback."""
+    raise SystemExit(exit_code(lambda: main(sys.argv[1:])))
+
+
+def exit_code(action: Callable[[], int | None]) -> int:
+    """The action's own code, or else 2 after a user's mistake (`error: ...` on stderr), 130 after Ctrl-C, 141 when the
+    reader of stdout has gone.
     """
     try:
-        code = main(sys.argv[1:]) or 0
+        code = action() or 0
         sys.stdout.flush()
     except ConfigError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -154,7 +159,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
         # The interpreter flushes stdout once more on its way out; give it a place to write to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    raise SystemExit(code)
+    return code
 
 
 # Words to flags

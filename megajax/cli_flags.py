@@ -150,13 +150,7 @@ set them: they exclude each other."""
 IGNORED: tuple[str, ...] = (
     *("--no-*-fusion", "--moe-permute-fusion", "--cross-entropy-loss-fusion", "--transformer-impl"),
     *("--attention-backend", "--use-flash-attn", "--use-mcore-models", "--use-legacy-models"),
-    *(
-        "--distributed-backend",
-        "--distributed-timeout-minutes",
-        "--local-rank",
-        "--cuda-graph-*",
-        "--enable-cuda-graph",
-    ),
+    *("--distributed-backend", "--local-rank", "--cuda-graph-*", "--enable-cuda-graph"),
     *("--tp-comm-overlap*", "--overlap-*", "--nccl-*", "--use-nccl-ub", "--manual-gc*", "--te-rng-tracker"),
     *("--empty-unused-memory-level",),
     *("--use-persistent-ckpt-worker", "--ckpt-format", "--auto-detect-ckpt-format", "--ckpt-fully-parallel-*"),

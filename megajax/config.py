@@ -18,6 +18,7 @@ from megajax.config_checks import (
     require_positive,
     to_tuple,
 )
+from megajax.config_distributed import DistributedConfig
 from megajax.config_heterogeneous import HeterogeneousLayer, heterogeneous_layers_from_json
 from megajax.config_parallel import ParallelConfig
 
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "HeterogeneousLayer",
     "OptimizerConfig",
     "ParallelConfig",
@@ -476,6 +478,7 @@ class Config:
     model_family: str
     model: TransformerConfig
     parallel: ParallelConfig = ParallelConfig()
+    distributed: DistributedConfig = DistributedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

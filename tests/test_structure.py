@@ -23,6 +23,7 @@ PACKAGE = "megajax"
 FLOORS = {
     "config": 0,
     "config_checks": 0,
+    "config_distributed": 0,
     "config_heterogeneous": 0,
     "cli": 0,
     "cli_flags": 0,
@@ -40,6 +41,7 @@ FLOORS = {
     "data": 5,
     "inference": 5,
     "interop": 5,
+    "launch": 6,
     "train": 6,
     "generate": 6,
     "reshard": 6,
