@@ -37,8 +37,12 @@ class AttentionMask:
 
     def dense(self, S: int, T: int) -> Array | None:
         """The same as bool, broadcastable to [B, 1, S, T], True = attend; None when everything is visible."""
+        return self.between(jnp.arange(S) + self.offset, jnp.arange(T))
+
+    def between(self, q_index_S: Array, k_index_T: Array) -> Array | None:
+        """`dense` for queries and keys with these indices in the sequence; ids and `keep` are of just these, too."""
         parts: list[Array] = []
-        distance = jnp.arange(T)[None, :] - (jnp.arange(S)[:, None] + self.offset)
+        distance = k_index_T[None, :] - q_index_S[:, None]
         if self.causal:
             parts.append(distance <= 0)
         if self.window is not None:
@@ -80,10 +84,14 @@ def dot_product_attention(
     softmax_dtype: jnp.dtype = jnp.dtype(jnp.float32),
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    dropout_kept_BNST: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention (arXiv:1706.03762) with grouped keys and values. Returns [B, S, N, K].
 
     Query head n reads key/value head n // (N/G). Megatron: `core/transformer/dot_product_attention.py`.
+
+    Args:
+      dropout_kept_BNST: bool, what `attention_dropout_kept` returns; then `dropout_key` is not used.
     """
     B, S, N, _ = q_BSNK.shape
     T, G = k_BTGK.shape[1:3]
@@ -97,8 +105,94 @@ def dot_product_attention(
         scores = jnp.where(keep[:, :, None], scores, jnp.finfo(softmax_dtype).min)
     sink = None if sink_N is None else sink_N.astype(softmax_dtype).reshape(1, G, N // G, 1, 1)
     probs = softmax_with_sink(scores, sink)
-    if dropout_rate > 0.0 and dropout_key is not None:
-        kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, probs.shape)
-        probs = jnp.where(kept, probs / (1.0 - dropout_rate), 0.0)
+    if dropout_rate > 0.0 and dropout_key is not None and dropout_kept_BNST is None:
+        dropout_kept_BNST = attention_dropout_kept(dropout_key, dropout_rate, (B, N, S, T))
+    if dropout_kept_BNST is not None:
+        probs = jnp.where(dropout_kept_BNST.reshape(probs.shape), probs / (1.0 - dropout_rate), 0.0)
     y_BGRSK = jnp.einsum("BGRST,BGTK->BGRSK", probs.astype(v_BTGK.dtype), v_BGTK)
     return y_BGRSK.transpose(0, 3, 1, 2, 4).reshape(B, S, N, -1)
+
+
+def attention_dropout_kept(key: Array, rate: float, shape: tuple[int, int, int, int]) -> Array:
+    """Which attention probabilities dropout keeps: bool [B, N, S, T]."""
+    return jax.random.bernoulli(key, 1.0 - rate, shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention to a part of the keys, and its gradients: what ring attention is made of (FlashAttention's recurrences,
+# arXiv:2307.08691). `keep` is bool, broadcastable to [B, 1, S, T], or None; outputs and gradients are fp32.
+
+
+def attention_block(
+    q_BSNK: Array, k_BTGK: Array, v_BTGK: Array, keep: Array | None, *, scale: float, softmax_dtype: jnp.dtype
+) -> tuple[Array, Array]:
+    """Attention to these keys alone: output [B, S, N, K] and log-sum-exp of the scores [B, S, N].
+
+    Where no key is visible the output is 0 and the log-sum-exp -inf. Blocks are put together by `merge_blocks`.
+    """
+    scores_BGRST = _block_scores(q_BSNK, k_BTGK, scale, softmax_dtype)
+    if keep is not None:
+        scores_BGRST = jnp.where(keep[:, :, None], scores_BGRST, -jnp.inf)
+    top = jnp.max(scores_BGRST, axis=-1, keepdims=True)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(scores_BGRST - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(v_BTGK.dtype)
+    y_BSGRK = jnp.einsum("BGRST,BTGK->BSGRK", weights, v_BTGK, preferred_element_type=jnp.float32)
+    lse_BGRS = (top + jnp.log(total))[..., 0]
+    B, S, N, K = q_BSNK.shape
+    return y_BSGRK.reshape(B, S, N, K), lse_BGRS.transpose(0, 3, 1, 2).reshape(B, S, N)
+
+
+def merge_blocks(y_BSNK: Array, lse_BSN: Array, other_y_BSNK: Array, other_lse_BSN: Array) -> tuple[Array, Array]:
+    """Attention to the keys of two blocks, from the results of each. A sink is a block of output 0."""
+    lse_BSN, first_lse_BSN = jnp.logaddexp(lse_BSN, other_lse_BSN), lse_BSN
+    top_BSN = jnp.where(jnp.isneginf(lse_BSN), 0.0, lse_BSN)
+    first_BSN1, other_BSN1 = (jnp.exp(part - top_BSN)[..., None] for part in (first_lse_BSN, other_lse_BSN))
+    return y_BSNK * first_BSN1 + other_y_BSNK * other_BSN1, lse_BSN
+
+
+def attention_block_gradients(
+    q_BSNK: Array,
+    k_BTGK: Array,
+    v_BTGK: Array,
+    keep: Array | None,
+    *,
+    dy_BSNK: Array,
+    lse_BSN: Array,
+    delta_BSN: Array,
+    scale: float,
+    softmax_dtype: jnp.dtype,
+) -> tuple[Array, Array, Array]:
+    """What one block of keys adds to the gradients of q, and the gradients of its k and v; the block is recomputed.
+
+    Args:
+      dy_BSNK: cotangent of the output of attention to all keys.
+      lse_BSN: fp32 log-sum-exp of the scores of all keys, and of the sink if there is one.
+      delta_BSN: fp32, sum over K of dy * output.
+    """
+    B, S, N, K = q_BSNK.shape
+    G = k_BTGK.shape[2]
+
+    def grouped(x_BSN: Array) -> Array:
+        return x_BSN.reshape(B, S, G, N // G).transpose(0, 2, 3, 1)[..., None]
+
+    probs = jnp.exp(_block_scores(q_BSNK, k_BTGK, scale, softmax_dtype) - grouped(lse_BSN))
+    if keep is not None:
+        probs = jnp.where(keep[:, :, None], probs, 0.0)
+    q_BSGRK, dy_BSGRK = (x.reshape(B, S, G, N // G, K) for x in (q_BSNK, dy_BSNK))
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dv_BTGK = product("BGRST,BSGRK->BTGK", probs.astype(dy_BSNK.dtype), dy_BSGRK)
+    dprobs = product("BSGRK,BTGK->BGRST", dy_BSGRK, v_BTGK)
+    dscores = (probs * (dprobs - grouped(delta_BSN)) * scale).astype(q_BSNK.dtype)
+    dq_BSGRK = product("BGRST,BTGK->BSGRK", dscores, k_BTGK)
+    dk_BTGK = product("BGRST,BSGRK->BTGK", dscores, q_BSGRK)
+    return dq_BSGRK.reshape(B, S, N, K), dk_BTGK, dv_BTGK
+
+
+def _block_scores(q_BSNK: Array, k_BTGK: Array, scale: float, softmax_dtype: jnp.dtype) -> Array:
+    B, S, N, K = q_BSNK.shape
+    G = k_BTGK.shape[2]
+    q_BSGRK = q_BSNK.reshape(B, S, G, N // G, K)
+    scores = jnp.einsum("BSGRK,BTGK->BGRST", q_BSGRK, k_BTGK, preferred_element_type=jnp.float32)
+    return (scores * scale).astype(softmax_dtype).astype(jnp.float32)

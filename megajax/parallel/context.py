@@ -1,0 +1,301 @@
+"""Context parallelism: attention over a sequence that is divided over the mesh, as one manual region.
+
+Two mesh axes divide the sequence, the outer first. Over `ulysses` the sequence is traded for heads (arXiv:2309.14509);
+over `cp` keys and values are gathered, or travel around a ring (arXiv:2310.01889). Megatron leaves this to Transformer
+Engine (`cp_comm_type`).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S query length, T key length, N query heads, G key/value heads, K head size
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from megajax.config import ConfigError
+from megajax.ops.attention import AttentionMask, attention_dropout_kept, dot_product_attention
+from megajax.parallel.ring_attention import Ring, ring_attention
+
+Array = jax.Array
+CP, ULYSSES = "cp", "ulysses"
+
+
+def zigzag_indices(S: int, shards: int) -> np.ndarray:
+    """The order of tokens that balances causal attention: the token's index for each of the S rows.
+
+    The sequence is cut into 2 `shards` chunks; shard i holds chunks i and 2 shards - 1 - i. `shards` is the size of the
+    axis `cp` alone (`ParallelConfig.ring_size`). Megatron: `get_batch_on_this_cp_rank`.
+
+    Raises:
+      ConfigError: S does not divide.
+    """
+    if shards == 1:
+        return np.arange(S)
+    _require_divides(S, 2 * shards, "twice the p2p or all_gather part of context_parallel_size")
+    chunks = np.arange(S).reshape(2 * shards, -1)
+    return np.stack([chunks[:shards], chunks[shards:][::-1]], axis=1).reshape(-1)
+
+
+def zigzag_inverse(S: int, shards: int) -> np.ndarray:
+    """The row of each token: `x[zigzag_indices(...)][zigzag_inverse(...)]` is x."""
+    return np.argsort(zigzag_indices(S, shards))
+
+
+def context_parallel_attention(
+    q_BSNK: Array,
+    k_BTGK: Array,
+    v_BTGK: Array,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    comm: Literal["p2p", "all_gather", "a2a", "a2a+p2p"],
+    zigzag: bool,
+    sink_N: Array | None = None,
+    softmax_dtype: jnp.dtype = jnp.dtype(jnp.float32),
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    local_attention: Callable[..., Array] = dot_product_attention,
+) -> Array:
+    """`dot_product_attention` on the mesh in context, of global arrays laid out by the sharding table in context.
+
+    Manual over every mesh axis that divides q, k or v, so that the local kernel sees plain arrays. Without a mesh or a
+    table, and where the sequence is whole and the kernel is the plain one, XLA alone lays things out.
+
+    Args:
+      q_BSNK, k_BTGK, v_BTGK: S and T sharded over ("cp", "ulysses").
+      mask: segment ids and `keep` in the same order of rows as q and k; a token sees itself unless `keep` forbids it.
+        The offset must be 0: there is no cache under context parallelism.
+      comm: between the devices of "cp", "p2p" (or "a2a+p2p") or "all_gather". Heads are traded whenever "ulysses" > 1.
+      zigzag: rows are in the order of `zigzag_indices(S, size of cp)`; causality and window mean the tokens' indices.
+      local_attention: the kernel for all but p2p, called like `dot_product_attention`. For all_gather it must know
+        masks with an offset.
+
+    Raises:
+      ConfigError: sizes that do not divide; dropout where its mask would have to differ from one device's.
+    """
+    layout = _Layout.in_context()
+    options = {"scale": scale, "softmax_dtype": softmax_dtype}
+    if layout is None or (layout.cp == layout.ulysses == 1 and local_attention is dot_product_attention):
+        drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        return local_attention(q_BSNK, k_BTGK, v_BTGK, mask=mask, sink_N=sink_N, **options, **drop)
+    layout.check(q_BSNK, k_BTGK, zigzag)
+    if layout.cp > 1 and comm == "a2a":
+        raise ConfigError(f"cp_comm_type='a2a' leaves nothing to divide over {CP}={layout.cp}; use 'a2a+p2p'")
+    ring = comm in ("p2p", "a2a+p2p") and layout.cp > 1
+    zigzag = zigzag and layout.cp > 1
+    kept_BNST = None
+    if dropout_rate > 0.0 and dropout_key is not None:
+        if ring or zigzag or local_attention is not dot_product_attention:
+            raise ConfigError(
+                f"attention_dropout={dropout_rate} with context_parallel_size > 1 is only possible with"
+                " cp_comm_type='a2a' and plain attention; set attention_dropout to 0"
+            )
+        # Outside of the manual region, where it is the same whatever the mesh; every device makes its part.
+        shape = (q_BSNK.shape[0], q_BSNK.shape[2], q_BSNK.shape[1], k_BTGK.shape[1])
+        kept_BNST = attention_dropout_kept(dropout_key, dropout_rate, shape)
+    region = _Region(
+        layout,
+        ring,
+        zigzag,
+        mask.causal,
+        mask.window,
+        **options,
+        dropout_rate=dropout_rate,
+        local_attention=local_attention,
+    )
+    return region(q_BSNK, k_BTGK, v_BTGK, sink_N, mask, kept_BNST)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which mesh axes divide batch and heads, and the sizes of those that divide the sequence."""
+
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]
+    cp: int
+    ulysses: int
+    tp: int
+    """Shards of the query heads before heads are traded."""
+
+    @classmethod
+    def in_context(cls) -> "_Layout | None":
+        mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+        if mesh.empty or not rules:
+            return None
+
+        def axes(logical: str) -> tuple[str, ...]:
+            entry = rules[logical] or ()
+            entry = (entry,) if isinstance(entry, str) else tuple(entry)
+            return tuple(axis for axis in entry if axis not in mesh.manual_axes)
+
+        heads = axes("act_heads")
+        tp = math.prod(mesh.shape[axis] for axis in heads)
+        return cls(axes("batch"), heads, axes("act_kv_heads"), mesh.shape[CP], mesh.shape[ULYSSES], tp)
+
+    def check(self, q_BSNK: Array, k_BTGK: Array, zigzag: bool) -> None:
+        for length in (q_BSNK.shape[1], k_BTGK.shape[1]):
+            _require_divides(length, self.cp * self.ulysses, "context_parallel_size")
+            if zigzag and self.cp > 1:
+                _require_divides(length, 2 * self.cp, "twice the p2p or all_gather part of context_parallel_size")
+        heads = q_BSNK.shape[2]
+        if heads % (self.tp * self.ulysses):
+            raise ConfigError(
+                f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={self.tp} times the"
+                f" {self.ulysses} of context_parallel_size that cp_comm_type trades for heads; use p2p or all_gather"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Region:
+    """What runs on one device; calling it enters the manual region."""
+
+    layout: _Layout
+    ring: bool
+    zigzag: bool
+    causal: bool
+    window: tuple[int, int] | None
+    scale: float
+    softmax_dtype: jnp.dtype
+    dropout_rate: float
+    local_attention: Callable[..., Array]
+
+    def __call__(
+        self, q: Array, k: Array, v: Array, sink_N: Array | None, mask: AttentionMask, kept_BNST: Array | None
+    ) -> Array:
+        to = self.layout
+        batch, heads, traded = to.batch or None, to.heads or None, (*to.heads, ULYSSES)
+        seq = (CP, ULYSSES)
+        q_spec = PartitionSpec(batch, seq, heads)
+        kv_spec = PartitionSpec(batch, seq, to.kv_heads or None)
+        keep_spec = PartitionSpec()
+        if mask.keep is not None:
+            rows = (batch if mask.keep.shape[0] > 1 else None, None, CP if mask.keep.shape[2] > 1 else None)
+            keep_spec = PartitionSpec(*rows)
+        dtype = q.dtype
+        if to.kv_heads != to.heads:  # The gradients of all copies are summed where the region begins: in fp32.
+            k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+        attend = jax.shard_map(
+            partial(self.on_device, dtype),
+            in_specs=(
+                *(q_spec, kv_spec, kv_spec),
+                PartitionSpec(heads),
+                # Ids are small: those of the keys are collected rather than sent around.
+                *(PartitionSpec(batch, CP), PartitionSpec(batch)),
+                *(keep_spec, PartitionSpec(batch, traded, CP)),
+            ),
+            out_specs=q_spec,
+            axis_names={*to.batch, *seq, *to.heads},
+            check_vma=False,
+        )
+        return attend(q, k, v, sink_N, mask.q_segment_ids, mask.kv_segment_ids, mask.keep, kept_BNST)
+
+    def on_device(
+        self,
+        dtype: jnp.dtype,
+        q: Array,
+        k: Array,
+        v: Array,
+        sink: Array | None,
+        q_ids: Array | None,
+        kv_ids: Array | None,
+        keep: Array | None,
+        kept: Array | None,
+    ) -> Array:
+        k, v = (self._needed_heads(x, q.shape[2]).astype(dtype) for x in (k, v))
+        if self.layout.ulysses > 1:
+            q, k, v, sink = self._trade_sequence_for_heads(q, k, v, sink)
+        mask = AttentionMask(self.causal, self.window, q_ids, kv_ids, keep)
+        if self.ring:
+            ring = Ring(CP, self.layout.cp, self.zigzag, self.scale, self.softmax_dtype)
+            sink = None if sink is None else sink.astype(self.softmax_dtype).astype(jnp.float32)
+            y = ring_attention(ring, q, k, v, sink, mask)
+        else:
+            y = self._gathered(q, k, v, sink, mask, kept)
+        if self.layout.ulysses > 1:
+            y = jax.lax.all_to_all(y, ULYSSES, split_axis=1, concat_axis=2, tiled=True)
+        return y
+
+    def _needed_heads(self, x_BTGK: Array, N: int) -> Array:
+        """The key/value heads of this device's N query heads, where all are held because tp does not divide them."""
+        layout, G = self.layout, x_BTGK.shape[2]
+        if layout.kv_heads == layout.heads:
+            return x_BTGK
+        group = N * layout.tp // G  # query heads that share one
+        count = max(N // group, 1)
+        first = jax.lax.axis_index(layout.heads) * N // group
+        return jax.lax.dynamic_slice_in_dim(x_BTGK, first, count, axis=2)
+
+    def _trade_sequence_for_heads(
+        self, q: Array, k: Array, v: Array, sink: Array | None
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """q, k and v in one all-to-all. Key/value heads fewer than devices are copied to those who need them."""
+        u, (B, S, N, K) = self.layout.ulysses, q.shape
+        copies = u // math.gcd(u, k.shape[2])
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        if k.shape[1] == S:
+            parts = [x.reshape(B, S, u, -1, K) for x in (q, k, v)]
+            qkv = jax.lax.all_to_all(jnp.concatenate(parts, axis=3), ULYSSES, split_axis=2, concat_axis=1, tiled=True)
+            heads, kv_heads = N // u, k.shape[2] // u
+            q, k, v = jnp.split(qkv[:, :, 0], (heads, heads + kv_heads), axis=2)
+        else:
+            q, k, v = (jax.lax.all_to_all(x, ULYSSES, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+        if sink is not None:
+            sink = jax.lax.dynamic_slice_in_dim(sink, jax.lax.axis_index(ULYSSES) * (N // u), N // u)
+        return q, k, v, sink
+
+    def _gathered(
+        self, q: Array, k: Array, v: Array, sink: Array | None, mask: AttentionMask, kept: Array | None
+    ) -> Array:
+        """Attention to all keys, which are collected from the devices of `cp`."""
+        options = {"scale": self.scale, "sink_N": sink, "softmax_dtype": self.softmax_dtype, "dropout_key": None}
+        options["dropout_rate"] = 0.0 if kept is None else self.dropout_rate
+        if kept is not None:
+            options["dropout_kept_BNST"] = kept
+        if self.layout.cp == 1:
+            return self.local_attention(q, k, v, mask=mask, **options)
+        n, rank = self.layout.cp, jax.lax.axis_index(CP)
+        S, T = q.shape[1], n * k.shape[1]
+        kv = jax.lax.all_gather(jnp.stack((k, v)), CP, axis=2, tiled=True)
+        if not self.zigzag:
+            return self.local_attention(q, *kv, mask=dataclasses.replace(mask, offset=rank * S), **options)
+        order = zigzag_inverse(T, n)
+        kv = jnp.take(kv, order, axis=2)
+        # The early chunk is in the first half of the sequence, so causality hides all that follows from it. Unless
+        # `keep` hides the rest: then it attends to all keys equally.
+        seen = min(T, n * S // 2) if self.causal and mask.keep is None else T
+        chunks = [(slice(0, S // 2), rank, seen), (slice(S // 2, S), 2 * n - 1 - rank, T)]
+        parts = []
+        for rows, chunk, keys in chunks:
+            chunk_mask = dataclasses.replace(_part_of(mask, rows, order[:keys]), offset=chunk * (S // 2))
+            parts.append(self.local_attention(q[:, rows], *kv[:, :, :keys], mask=chunk_mask, **options))
+        return jnp.concatenate(parts, axis=1)
+
+
+def _part_of(mask: AttentionMask, rows: slice, columns: np.ndarray) -> AttentionMask:
+    """The mask of some queries and some keys."""
+    keep, q_ids, kv_ids = mask.keep, mask.q_segment_ids, mask.kv_segment_ids
+    if keep is not None:
+        keep = keep if keep.shape[2] == 1 else keep[:, :, rows]
+        keep = keep if keep.shape[3] == 1 else keep[..., columns]
+    return dataclasses.replace(
+        mask,
+        q_segment_ids=None if q_ids is None else q_ids[:, rows],
+        kv_segment_ids=None if kv_ids is None else kv_ids[:, columns],
+        keep=keep,
+    )
+
+
+def _require_divides(length: int, shards: int, of_what: str) -> None:
+    if length % shards:
+        raise ConfigError(
+            f"a sequence of {length} tokens is not divisible by {shards} ({of_what}, see cp_comm_type); change"
+            " seq_length or context_parallel_size"
+        )
