@@ -4,7 +4,7 @@
 # B batch, S sequence, C one chunk of it, D hidden, V vocabulary (rows of the table, padding included)
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -70,18 +70,114 @@ class FusedLoss(NamedTuple):
     per_token: Array
 
 
-def fused_linear_cross_entropy(
-    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, options: CrossEntropyOptions
-) -> FusedLoss:
-    """`sum(weights * cross_entropy(x @ kernel, labels))` with logits only ever held for a chunk of the sequence.
+class LossGradients(NamedTuple):
+    """The fused loss and its gradients. weighted_sum fp32 scalar, per_token fp32 [B, S], d_x like x, d_kernel fp32."""
 
-    The gradients are computed in the forward pass, while a chunk's logits exist, and only scaled in the backward one:
-    no logit is computed twice. That is why this function takes the weights and returns their sum. In fp16 the loss
-    scale belongs into the weights: the gradient of a logit is rounded to x's dtype before the backward pass.
+    weighted_sum: Array
+    per_token: Array
+    d_x: Array
+    d_kernel: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCrossEntropy:
+    """`cross_entropy(x @ kernel, labels)` with logits only ever held for a chunk of the sequence.
+
+    Attributes:
+      options: what the loss is made of.
+      vocab_axes: inside a manual region, the mesh axes that divide the columns of the kernel, in this order. Losses are
+        then those of the whole vocabulary; d_x and d_kernel are this device's part of a sum.
     """
-    chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], kernel_DV.shape[1])
-    losses: Any = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), options, chunks)
-    return FusedLoss(losses[0], jax.lax.stop_gradient(losses[1]))
+
+    options: CrossEntropyOptions
+    vocab_axes: tuple[str, ...] = ()
+
+    def losses(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> FusedLoss:
+        """Without gradients, for evaluation."""
+        kernel = kernel_DV.astype(x_BSD.dtype)
+
+        def one(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            x_BCD, labels_BC, weights_BC = chunk
+            loss_BC, _ = self._token_losses(_logits(x_BCD, kernel), labels_BC)
+            return total + jnp.sum(loss_BC * weights_BC), loss_BC
+
+        chunks = num_chunks(*x_BSD.shape[:2], kernel.shape[1])
+        total, per_token = jax.lax.scan(one, jnp.float32(0), _split((x_BSD, labels_BS, weights_BS), chunks))
+        return FusedLoss(total, _join(per_token))
+
+    def with_gradients(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> LossGradients:
+        """With the gradients of weighted_sum, computed while a chunk's logits exist: no logit is computed twice."""
+        kernel = kernel_DV.astype(x_BSD.dtype)
+        D, V = kernel_DV.shape
+
+        def one(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> Any:
+            total, d_kernel = carry
+            x_BCD, labels_BC, weights_BC = chunk
+            loss_BC, gradient = self._token_losses(_logits(x_BCD, kernel), labels_BC)
+            d_logits = (gradient * weights_BC[..., None]).astype(x_BSD.dtype).reshape(-1, V)
+            d_kernel += jnp.dot(x_BCD.reshape(-1, D).T, d_logits, preferred_element_type=jnp.float32)
+            d_x = jnp.dot(d_logits, kernel.T).reshape(x_BCD.shape)
+            return (total + jnp.sum(loss_BC * weights_BC), d_kernel), (loss_BC, d_x)
+
+        chunks = num_chunks(*x_BSD.shape[:2], V)
+        start = (jnp.float32(0), jnp.zeros((D, V), jnp.float32))
+        (total, d_kernel), (per_token, d_x) = jax.lax.scan(one, start, _split((x_BSD, labels_BS, weights_BS), chunks))
+        return LossGradients(total, _join(per_token), _join(d_x), d_kernel)
+
+    def _token_losses(self, logits: Array, labels: Array) -> tuple[Array, Array]:
+        """logits fp32 [..., V], this device's columns -> (loss of each token [...], its gradient [..., V])."""
+        options, axes = self.options, self.vocab_axes
+        ids = jnp.arange(logits.shape[-1])
+        if axes:
+            ids += jax.lax.axis_index(axes) * logits.shape[-1]
+        real, hit = ids < options.vocab_size, labels[..., None] == ids
+        logits = jnp.where(real, logits, jnp.finfo(logits.dtype).min)
+        top = jnp.max(logits, axis=-1)
+        top = jax.lax.pmax(top, axes) if axes else top
+        shifted = logits - top[..., None]
+        weights = jnp.exp(shifted)
+        sums = [jnp.sum(weights, axis=-1), jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1)]
+        if options.smoothing:
+            sums.append(jnp.sum(jnp.where(real, shifted, 0.0), axis=-1))
+        if axes:  # one message for all of them
+            sums = list(jax.lax.psum(jnp.stack(sums), axes))
+        log_sum = jnp.log(sums[0])
+        a, z = options.smoothing, options.z_loss_coeff
+        loss = log_sum - (1.0 - a) * sums[1]
+        gradient = weights / sums[0][..., None]
+        if z:
+            loss = loss + z * jnp.square(log_sum + top)
+            gradient = gradient * (1.0 + 2.0 * z * (log_sum + top))[..., None]
+        gradient = gradient - jnp.where(hit, 1.0 - a, 0.0)
+        if a:
+            loss = loss - a * sums[2] / options.vocab_size
+            gradient = gradient - jnp.where(real, a / options.vocab_size, 0.0)
+        return loss, gradient
+
+
+class LossComputation(Protocol):
+    """What `fused_linear_cross_entropy` runs: `LinearCrossEntropy`, or one that divides it over a mesh. Hashable."""
+
+    def losses(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> FusedLoss:
+        """See `LinearCrossEntropy.losses`."""
+        ...
+
+    def with_gradients(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> LossGradients:
+        """See `LinearCrossEntropy.with_gradients`."""
+        ...
+
+
+def fused_linear_cross_entropy(
+    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, computation: LossComputation
+) -> FusedLoss:
+    """`sum(weights * cross_entropy(x @ kernel, labels))`, never holding all logits.
+
+    The gradients are computed in the forward pass, while a chunk's logits exist, and only scaled in the backward one.
+    That is why this function takes the weights and returns their sum. In fp16 the loss scale belongs into the weights:
+    the gradient of a logit is rounded to x's dtype before the backward pass.
+    """
+    total, per_token = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), computation)
+    return FusedLoss(total, jax.lax.stop_gradient(per_token))
 
 
 def num_chunks(B: int, S: int, V: int) -> int:
@@ -90,46 +186,22 @@ def num_chunks(B: int, S: int, V: int) -> int:
     return next((n for n in range(wanted, S) if S % n == 0), S) if wanted < S else S
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fused(
-    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, options: CrossEntropyOptions, chunks: int
+    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, computation: LossComputation
 ) -> tuple[Array, Array]:
-    kernel = kernel_DV.astype(x_BSD.dtype)
-
-    def one(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        x_BCD, labels_BC, weights_BC = chunk
-        loss_BC = cross_entropy(_logits(x_BCD, kernel), labels_BC, options)
-        return total + jnp.sum(loss_BC * weights_BC), loss_BC
-
-    total, per_token = jax.lax.scan(one, jnp.float32(0), _split((x_BSD, labels_BS, weights_BS), chunks))
-    return total, _join(per_token)
+    return tuple(computation.losses(x_BSD, kernel_DV, labels_BS, weights_BS))
 
 
 def _fused_forward(
-    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, options: CrossEntropyOptions, chunks: int
+    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, computation: LossComputation
 ) -> Any:
-    kernel = kernel_DV.astype(x_BSD.dtype)
-    D, V = kernel_DV.shape
-
-    def one(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> Any:
-        total, d_kernel = carry
-        x_BCD, labels_BC, weights_BC = chunk
-        logits = _logits(x_BCD, kernel)
-        loss_BC, pullback = jax.vjp(lambda z: cross_entropy(z, labels_BC, options), logits)
-        (d_logits,) = pullback(weights_BC)
-        d_logits = d_logits.astype(x_BSD.dtype).reshape(-1, V)
-        d_kernel += jnp.dot(x_BCD.reshape(-1, D).T, d_logits, preferred_element_type=jnp.float32)
-        d_x = jnp.dot(d_logits, kernel.T).reshape(x_BCD.shape)
-        return (total + jnp.sum(loss_BC * weights_BC), d_kernel), (loss_BC, d_x)
-
-    start = (jnp.float32(0), jnp.zeros((D, V), jnp.float32))
-    (total, d_kernel), (per_token, d_x) = jax.lax.scan(one, start, _split((x_BSD, labels_BS, weights_BS), chunks))
-    per_token = _join(per_token)
-    return (total, per_token), (_join(d_x), d_kernel.astype(kernel_DV.dtype), per_token)
+    total, per_token, d_x, d_kernel = computation.with_gradients(x_BSD, kernel_DV, labels_BS, weights_BS)
+    return (total, per_token), (d_x.astype(x_BSD.dtype), d_kernel.astype(kernel_DV.dtype), per_token)
 
 
-def _fused_backward(options: CrossEntropyOptions, chunks: int, residuals: Any, cotangents: Any) -> Any:
-    del options, chunks
+def _fused_backward(computation: LossComputation, residuals: Any, cotangents: Any) -> Any:
+    del computation
     d_x, d_kernel, per_token = residuals
     scale, _ = cotangents  # per_token is for reporting; its cotangent is zero
     return (d_x * scale.astype(d_x.dtype), d_kernel * scale.astype(d_kernel.dtype), None, per_token * scale)

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from megajax.ops import cross_entropy as module
-from megajax.ops.cross_entropy import CrossEntropyOptions, cross_entropy, fused_linear_cross_entropy
+from megajax.ops.cross_entropy import (
+    CrossEntropyOptions,
+    LinearCrossEntropy,
+    cross_entropy,
+    fused_linear_cross_entropy,
+)
 
 
 @pytest.mark.parametrize(("name", "smoothing"), [("ce_ls0.0", 0.0), ("ce_ls0.1", 0.1), ("fused_ce", 0.0)])
@@ -80,7 +85,7 @@ def test_fused_loss_equals_the_plain_one(
         return jnp.sum(weights * cross_entropy(logits, labels, options))
 
     def fused(x: Any, kernel: Any, weights: Any) -> Any:
-        return fused_linear_cross_entropy(x, kernel, labels, weights, options).weighted_sum
+        return fused_linear_cross_entropy(x, kernel, labels, weights, LinearCrossEntropy(options)).weighted_sum
 
     arguments = (x, kernel, weights)
     expected, expected_gradients = jax.value_and_grad(lambda a: 3 * plain(*a))(arguments)
@@ -99,6 +104,6 @@ def test_fused_loss_reports_every_token() -> None:
     rng = np.random.default_rng(4)
     x, kernel = jnp.asarray(rng.normal(size=(1, 5, 4)), jnp.float32), jnp.asarray(rng.normal(size=(4, 9)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 9, size=(1, 5)))
-    fused = fused_linear_cross_entropy(x, kernel, labels, jnp.ones((1, 5)), CrossEntropyOptions(9))
+    fused = fused_linear_cross_entropy(x, kernel, labels, jnp.ones((1, 5)), LinearCrossEntropy(CrossEntropyOptions(9)))
     np.testing.assert_allclose(fused.per_token, cross_entropy(x @ kernel, labels, CrossEntropyOptions(9)), rtol=1e-5)
     np.testing.assert_allclose(fused.weighted_sum, fused.per_token.sum(), rtol=1e-6)

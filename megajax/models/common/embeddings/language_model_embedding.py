@@ -8,13 +8,14 @@ from flax import linen as nn
 
 from megajax.config import ConfigError, TransformerConfig
 from megajax.parallel.sharding import constrain
+from megajax.parallel.vocab import vocab_parallel_embedding
 from megajax.transformer.linear import normal_init
 
 Array = jax.Array
 
 
 class Embedding(nn.Module):
-    """A table [num, D] of vectors, looked up by ids. Its rows carry logical axis `axis`."""
+    """A table [num, D] of vectors, looked up by ids [B, S]. Its rows carry logical axis `axis`."""
 
     num: int
     features: int
@@ -28,7 +29,8 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         """ids int [...] -> [..., D]."""
-        return jnp.take(self.embedding, ids, axis=0)
+        # Only the rows of a vocabulary are divided over the mesh.
+        return vocab_parallel_embedding(self.embedding, ids) if self.axis == "vocab" else self.embedding[ids]
 
 
 class LanguageModelEmbedding(nn.Module):

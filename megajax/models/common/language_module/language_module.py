@@ -14,6 +14,7 @@ from megajax.ops.cross_entropy import (
     fused_linear_cross_entropy,
 )
 from megajax.parallel.sharding import constrain, merge_tokens
+from megajax.parallel.vocab import loss_computation
 from megajax.transformer.linear import init_std, normal_init
 
 Array = jax.Array
@@ -62,5 +63,4 @@ def language_model_loss_sum(
     hidden_BSD: Array, kernel_DV: Array, labels: Array, weights: Array, config: TransformerConfig
 ) -> FusedLoss:
     """The weighted sum of the token losses, without ever holding all logits: what a trainer differentiates."""
-    hidden_BSD = constrain(hidden_BSD, "batch", "seq", "act_embed")
-    return fused_linear_cross_entropy(hidden_BSD, kernel_DV, labels, weights, loss_options(config))
+    return fused_linear_cross_entropy(hidden_BSD, kernel_DV, labels, weights, loss_computation(loss_options(config)))
