@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -19,16 +19,28 @@ BATCHES_AHEAD = 4
 Batch = dict[str, np.ndarray]
 
 
+class ProcessRows(NamedTuple):
+    """Which rows of each microbatch a process reads. Processes whose devices share rows read the same ones.
+
+    rows: ascending, of [0, of). of: rows of a microbatch over all processes.
+    """
+
+    rows: tuple[int, ...]
+    of: int
+
+    def of_batch(self, batch_size: int) -> list[int]:
+        """The rows of a global batch, which is a whole number of microbatches one after the other."""
+        return [first + row for first in range(0, batch_size, self.of) for row in self.rows]
+
+
 class _ProcessBatches:
     """One process's rows of each global batch from sample `start` on, as a random-access source of batches."""
 
-    def __init__(self, dataset: SampleDataset, start: int, batch_size: int, process_index: int, process_count: int):
+    def __init__(self, dataset: SampleDataset, start: int, batch_size: int, rows: Sequence[int]):
         self._dataset = dataset
         self._start = start
         self._batch_size = batch_size
-        self._rows = range(
-            process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
-        )
+        self._rows = rows
 
     def __len__(self) -> int:
         return (len(self._dataset) - self._start) // self._batch_size
@@ -48,8 +60,7 @@ class Loader:
 
     Args:
       dataset: built with at least as many samples as will be asked for.
-      process_rows: (process_index, process_count): of each global batch of n rows this process reads the rows
-        [index * n / count, (index + 1) * n / count).
+      process_rows: what this process reads; None is all.
       num_workers: processes that read ahead; 0 reads ahead in threads. Workers are started with `spawn`, so the
         program needs the usual `if __name__ == "__main__"`.
 
@@ -57,26 +68,25 @@ class Loader:
       consumed_samples: samples handed out, over all processes.
     """
 
-    def __init__(self, dataset: SampleDataset, *, process_rows: tuple[int, int] = (0, 1), num_workers: int = 0):
+    def __init__(self, dataset: SampleDataset, *, process_rows: ProcessRows | None = None, num_workers: int = 0):
         self._dataset = dataset
-        self._process_index, self._process_count = process_rows
-        if not 0 <= self._process_index < self._process_count:
-            raise ValueError(f"process_rows={process_rows} must be (index, count) with 0 <= index < count")
+        self._process_rows = process_rows
         self._num_workers = num_workers
         self.consumed_samples = 0
         self._iterator: grain.DatasetIterator[Batch] | None = None
         self._batch_size = 0
 
     def next_batch(self, num_samples: int) -> Batch:
-        """The next global batch: this process's rows, [num_samples / process_count, S] each, in data set order.
+        """The next global batch: this process's rows, [n, S] each, in data set order.
 
         Raises:
-          ConfigError: the processes cannot share `num_samples` equally, or the data set has fewer samples left.
+          ConfigError: `num_samples` are no whole microbatches, or the data set has fewer samples left.
         """
-        if num_samples < 1 or num_samples % self._process_count:
+        if num_samples < 1 or (self._process_rows is not None and num_samples % self._process_rows.of):
+            whole = self._process_rows.of if self._process_rows is not None else 1
             raise ConfigError(
-                f"a global batch of {num_samples} samples cannot be shared equally by {self._process_count} processes;"
-                " change global_batch_size"
+                f"a global batch of {num_samples} samples is no multiple of the {whole} of a microbatch; change"
+                " global_batch_size"
             )
         left = len(self._dataset) - self.consumed_samples
         if num_samples > left:
@@ -93,9 +103,8 @@ class Loader:
 
     def _start(self, num_samples: int) -> None:
         self.close()
-        source = _ProcessBatches(
-            self._dataset, self.consumed_samples, num_samples, self._process_index, self._process_count
-        )
+        rows = range(num_samples) if self._process_rows is None else self._process_rows.of_batch(num_samples)
+        source = _ProcessBatches(self._dataset, self.consumed_samples, num_samples, rows)
         # Grain hands whole elements to its workers in turn, so an element is a batch: a row would come out of order.
         ahead = grain.MapDataset.source(source).to_iter_dataset(
             grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
@@ -146,7 +155,7 @@ class EvaluationLoader:
     """
 
     def __init__(
-        self, dataset: SampleDataset, *, batch_size: int, num_batches: int, process_rows: tuple[int, int] = (0, 1)
+        self, dataset: SampleDataset, *, batch_size: int, num_batches: int, process_rows: ProcessRows | None = None
     ):
         self._dataset = dataset
         self._batch_size = batch_size

@@ -74,7 +74,7 @@ def find_cluster(config: DistributedConfig, environ: Environ) -> Cluster | None:
     if index is None:
         raise ConfigError(f"num_processes={count} needs process_id: which of them this is, 0 to {count - 1}")
     if coordinator is None:
-        raise ConfigError(f"num_processes={count} needs coordinator: HOST:PORT of process 0, the same for every process")
+        raise ConfigError(f"num_processes={count} needs coordinator: HOST:PORT of process 0, the same for all")
     if index >= count:
         names = f" ({found.names})" if found is not None and config.process_id is None else ""
         raise ConfigError(f"process_id={index} must be below num_processes={count}{names}")
@@ -154,7 +154,7 @@ def _first_node(nodes: str) -> str:
     """`a[003-005,9],b` -> `a003`."""
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     if match is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} is no list of nodes; give coordinator, HOST:PORT of process 0")
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} is no list of nodes; give coordinator")
     return "".join(part or "" for part in match.groups())
 
 

@@ -101,6 +101,12 @@ class _Connection:
         """From now on the other side may be silent."""
         self._socket.settimeout(None)
 
+    def wait(self, deadline: float) -> None:
+        """Returns when the other side has closed the connection, or at the deadline."""
+        self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+        while self.receive() is not None:
+            continue
+
     def close(self) -> None:
         self._socket.close()
 
@@ -133,23 +139,23 @@ class _Hub(_Watch):
     def __init__(self, cluster: Cluster, timeout: float):
         super().__init__()
         self._cluster = cluster
-        self._connections: dict[int, _Connection] = {}
+        self._connections: list[_Connection] = []
         deadline = time.monotonic() + timeout
         with _listen(cluster) as listener:
             self._gather(listener, deadline, timeout)
-        for connection in self._connections.values():
+        for connection in self._connections:
             connection.forever()
             connection.send(go=True)
         self._thread.start()
 
     def _gather(self, listener: socket.socket, deadline: float, timeout: float) -> None:
         count = self._cluster.num_processes
-        while len(self._connections) < count - 1:
+        missing = list(range(1, count))
+        while missing:
             listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection = _Connection(listener.accept()[0])
             except TimeoutError:
-                missing = sorted(set(range(1, count)) - set(self._connections))
                 shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
                 self._refuse(
                     f"num_processes={count}: process {shown} did not come to {self._cluster.coordinator} within"
@@ -159,16 +165,19 @@ class _Hub(_Watch):
             if hello is None or hello.get("program") != "megajax":
                 connection.close()  # a stranger
                 continue
-            index, other_count, connection.name = hello["id"], hello["count"], f"process {hello['id']} on {hello['host']}"
-            earlier = self._connections.get(index)
-            self._connections[len(self._connections) + count if earlier else index] = connection
-            if other_count != count:
-                self._refuse(f"num_processes={count} in process 0, but {other_count} in process {index}; give all the same")
-            if earlier is not None or not 0 < index < count:
+            self._connections.append(connection)
+            index, host = hello["id"], hello["host"]
+            connection.name = f"process {index} on {host}"
+            if hello["count"] != count:
+                self._refuse(
+                    f"num_processes={count} in process 0, but {hello['count']} in process {index}; give all the same"
+                )
+            if index not in missing:
                 self._refuse(f"process_id={index} is given to two processes; give each its own, 0 to {count - 1}")
+            missing.remove(index)
 
     def _refuse(self, why: str) -> NoReturn:
-        for connection in self._connections.values():
+        for connection in self._connections:
             connection.send(error=why)
             connection.close()
         raise ConfigError(why)
@@ -187,7 +196,7 @@ class _Hub(_Watch):
     def _messages(self) -> Iterator[tuple[_Connection, dict | None]]:
         """What comes from any of the others, until all have closed their connections."""
         with selectors.DefaultSelector() as selector:
-            for connection in self._connections.values():
+            for connection in self._connections:
                 selector.register(connection, selectors.EVENT_READ, connection)
             while selector.get_map():
                 for key, _ in selector.select():
@@ -203,14 +212,11 @@ class _Hub(_Watch):
 
     def _tell(self, what: str) -> None:
         """Tells all, and waits until they have gone: JAX aborts every process that outlives process 0."""
-        for connection in self._connections.values():
+        for connection in self._connections:
             connection.send(stop=what)
         deadline = time.monotonic() + _ANSWER_SECONDS
-        open_ = [connection for connection in self._connections.values() if not connection.left]
-        for connection in open_:
-            connection._socket.settimeout(max(0.01, deadline - time.monotonic()))
-            while connection.receive() is not None:
-                pass
+        for connection in self._connections:
+            connection.wait(deadline)
 
     def fail(self, reason: str) -> None:
         self._closing.set()
@@ -218,7 +224,7 @@ class _Hub(_Watch):
 
     def close(self) -> None:
         self._closing.set()
-        for connection in self._connections.values():
+        for connection in self._connections:
             connection.send(done=True)
             connection.close()
 

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from megajax.checkpoint import CheckpointStore
 from megajax.config import Config
@@ -18,7 +20,7 @@ from megajax.data.build import Datasets
 from megajax.data.loader import EvaluationLoader, Loader
 from megajax.training.flops import model_flops, peak_flops_per_second
 from megajax.training.metrics import Console, Writer, format_step
-from megajax.training.setup import Program, on_mesh, place_batch
+from megajax.training.setup import Program, on_mesh, place_batch, process_rows
 from megajax.training.state import TrainState
 from megajax.training.step import Metrics
 from megajax.training.stop import StopRequest
@@ -66,7 +68,8 @@ def train(
     config = program.config
     evaluate = Evaluator(program, datasets)
     reporter = _Reporter(program, writers, console)
-    step, began = int(state.step), time.monotonic()
+    reason_to_stop = _StopReasons(program, stop)
+    step = int(state.step)
     running: _Running | None = None
     val_loss: float | None = None
     reason = None
@@ -89,7 +92,7 @@ def train(
                 running = None
                 val_loss = evaluate(state.params, "validation")
                 reporter.evaluation(step, val_loss)
-            reason = _reason_to_stop(config, stop, step, began)
+            reason = reason_to_stop(step)
             if reason is None and _due(step, config.checkpoint.save_interval) and step < program.train_iters:
                 if running is not None:  # a run killed after this save must find the step's row
                     reporter.report(running)
@@ -120,23 +123,48 @@ def extras(loader: Loader, config: Config) -> dict[str, Any]:
     return {"data": loader.state(), "seed": config.train.seed, "seq_length": config.data.seq_length}
 
 
-def _reason_to_stop(config: Config, stop: StopRequest, step: int, began: float) -> str | None:
-    minutes = (time.monotonic() - began) / 60
-    limit = config.train.exit_duration_in_mins
-    reasons = (
-        (stop.requested, stop.name),
-        (limit is not None and minutes >= limit, f"exit_duration_in_mins={limit} are over"),
-        (_due(step, config.train.exit_interval), f"exit_interval={config.train.exit_interval} is reached"),
-    )
-    # Signals and clocks differ between processes; all of them must leave the loop at the same step.
-    flags = np.array([flag for flag, _ in reasons])
-    if jax.process_count() > 1:
-        flags = np.any(multihost_utils.process_allgather(flags), axis=0)
-    return next((text for flag, (_, text) in zip(flags, reasons, strict=True) if flag), None)
+class _StopReasons:
+    """Whether something other than the length of the run ends it, asked once a step and answered alike everywhere.
+
+    Signals reach single processes, and clocks differ. With several processes the answer is a sum over the devices that
+    comes behind the step's own work, so it is read one step later, when it no longer keeps anybody waiting.
+    """
+
+    def __init__(self, program: Program, stop: StopRequest):
+        self._config, self._stop = program.config, stop
+        self._began = time.monotonic()
+        self._place = NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
+        self._any = jax.jit(
+            lambda flags: jnp.max(flags, axis=0), out_shardings=NamedSharding(program.mesh, PartitionSpec())
+        )
+        self._asked: jax.Array | None = None
+
+    def __call__(self, step: int) -> str | None:
+        """The reason, in a few words, for stopping after this step."""
+        if _due(step, self._config.train.exit_interval):
+            return f"exit_interval={self._config.train.exit_interval} is reached"
+        minutes = self._config.train.exit_duration_in_mins
+        over = minutes is not None and time.monotonic() - self._began >= minutes * 60
+        names = [signal.SIGTERM.name, signal.SIGINT.name]
+        flags = [self._stop.requested and self._stop.name == name for name in names]
+        flags = self._anywhere(np.array([*flags, over and jax.process_index() == 0]))
+        return next((name for flag, name in zip(flags, [*names, self._over], strict=True) if flag), None)
+
+    @property
+    def _over(self) -> str:
+        return f"exit_duration_in_mins={self._config.train.exit_duration_in_mins} are over"
+
+    def _anywhere(self, flags: np.ndarray) -> np.ndarray:
+        if jax.process_count() == 1:
+            return flags
+        local = np.tile(flags, (jax.local_device_count(), 1))
+        asked, self._asked = self._asked, self._any(jax.make_array_from_process_local_data(self._place, local))
+        return np.zeros_like(flags) if asked is None else np.asarray(asked)
 
 
 class _Profiler:
-    """Traces the steps [profile_step_start, profile_step_end) into `RUN_DIR/profile`; without an end, all to come."""
+    """Traces the steps [profile_step_start, profile_step_end) of process 0 into `RUN_DIR/profile`; without an end,
+    all to come."""
 
     def __init__(self, config: Config):
         self._start, self._end = config.train.profile_step_start, config.train.profile_step_end
@@ -154,7 +182,7 @@ class _Profiler:
         if step == self._end:
             jax.block_until_ready(state.step)
             self._stop()
-        if step == self._start:
+        if step == self._start and jax.process_index() == 0:
             jax.profiler.start_trace(self._directory)
             self._tracing = True
 
@@ -181,7 +209,7 @@ class Evaluator:
             dataset,
             batch_size=program.batches.micro_batch_size * program.batches.data_parallel_size,
             num_batches=program.config.train.eval_iters,
-            process_rows=(jax.process_index(), jax.process_count()),
+            process_rows=process_rows(program),
         )
         total, tokens = 0.0, 0.0
         with on_mesh(program):

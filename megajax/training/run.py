@@ -29,7 +29,7 @@ from megajax.training.files import new_file
 from megajax.training.loop import Evaluator, Result, TrainingStopped, train
 from megajax.training.metrics import Console, Writer, make_writers, read_rows, require_packages
 from megajax.training.report import plot_loss
-from megajax.training.setup import Program, build_program, fit_config
+from megajax.training.setup import Program, build_program, fit_config, process_rows
 from megajax.training.state import TrainState
 from megajax.training.stop import StopRequest
 
@@ -41,7 +41,8 @@ def run(config: Config, family: Family) -> int:
       ConfigError: something about the config, the data or the folders cannot work; before training starts.
     """
     console = Console(quiet=jax.process_index() != 0)
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    logging.basicConfig(format=f"{who}%(levelname)s: %(message)s", stream=sys.stderr)
     run_dir = Path(config.train.run_dir or f"runs/{config.model_family}")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(run_dir)))
 
@@ -57,7 +58,7 @@ def run(config: Config, family: Family) -> int:
         stop = stack.enter_context(StopRequest())
         loader = Loader(
             datasets.train,
-            process_rows=(jax.process_index(), jax.process_count()),
+            process_rows=process_rows(program),
             num_workers=config.data.num_workers,
         )
         stack.callback(loader.close)
@@ -94,6 +95,8 @@ def describe(program: Program, tokenizer: Tokenizer) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     model, data = program.config.model, program.config.data
     device = jax.devices()[0]
+    if jax.process_count() > 1:
+        mesh += f" of {jax.process_count()} processes"
     return (
         f"{program.config.model_family}: {params:,} parameters, {model.num_layers} layers, hidden size"
         f" {model.hidden_size}, vocabulary {model.vocab_size} ({tokenizer.name}), {model.compute_dtype}\n"

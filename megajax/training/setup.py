@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megajax.backends import LocalSpecProvider
 from megajax.config import Config, ConfigError
+from megajax.data.loader import ProcessRows
 from megajax.data.tokenizers import Tokenizer
 from megajax.models.family import Family
 from megajax.parallel import sharding
@@ -128,19 +129,42 @@ def on_mesh(program: Program) -> Iterator[None]:
         yield
 
 
+def process_rows(program: Program) -> ProcessRows | None:
+    """The rows of a microbatch that this process's devices hold; None where it is the only process.
+
+    The mesh decides: processes that differ only in their tensor, context or pipeline coordinates hold the same rows.
+    """
+    if jax.process_count() == 1:
+        return None
+    size = program.batches.micro_batch_size * program.batches.data_parallel_size
+    place = NamedSharding(program.mesh, sharding.spec_of(("batch",), program.rules.table))
+    parts = place.addressable_devices_indices_map((size,)).values()
+    return ProcessRows(tuple(sorted({row for part in parts for row in range(size)[part[0]]})), size)  # pyright: ignore
+
+
 def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: int | None) -> dict[str, jax.Array]:
     """This process's rows [n, S] of each array to global arrays [M, B, S], or [B, S] without microbatches.
 
     Row j of the global batch belongs to microbatch j // B, as in Megatron's sampler.
     """
-    rows: tuple[str | None, ...] = ("batch", "seq")
+    ours = process_rows(program)
+    names: tuple[str | None, ...] = ("batch", "seq")
     if num_microbatches is not None:
-        rows = (None, *rows)
+        names = (None, *names)
+    place = NamedSharding(program.mesh, sharding.spec_of(names, program.rules.table))
 
-    def place(array: Any) -> jax.Array:
+    def put(array: Any) -> jax.Array:
         if num_microbatches is not None:
             array = array.reshape(num_microbatches, -1, *array.shape[1:])
-        spec = sharding.spec_of(rows, program.rules.table)
-        return jax.make_array_from_process_local_data(NamedSharding(program.mesh, spec), array)
+        if ours is None:
+            return jax.device_put(array, place)
+        shape = (*array.shape[:-2], ours.of, array.shape[-1])
 
-    return {name: place(array) for name, array in batch.items()}
+        def part(index: tuple[slice, ...]) -> Any:
+            rows = range(ours.of)[index[-2]]  # neighbours, so they are neighbours among ours, too
+            at = ours.rows.index(rows.start)
+            return array[(*index[:-2], slice(at, at + len(rows)), index[-1])]
+
+        return jax.make_array_from_callback(shape, place, part)
+
+    return {name: put(array) for name, array in batch.items()}

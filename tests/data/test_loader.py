@@ -11,7 +11,7 @@ import pytest
 from megajax.config import ConfigError
 from megajax.data.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megajax.data.indexed_dataset import InMemoryDataset
-from megajax.data.loader import EvaluationLoader, Loader
+from megajax.data.loader import EvaluationLoader, Loader, ProcessRows
 
 LENGTH, SAMPLES = 8, 60
 
@@ -66,14 +66,15 @@ def test_resume_is_exact_while_the_batch_size_changes(stop):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_each_global_batch(count):
+def test_processes_share_each_microbatch(count):
+    """Row j of a global batch belongs to microbatch j // 4, whoever reads it."""
     sizes = [4, 4, 8, 16, 16]
-    loaders = [Loader(DATASET, process_rows=(index, count)) for index in range(count)]
+    own = np.arange(4).reshape(count, -1)
+    loaders = [Loader(DATASET, process_rows=ProcessRows(tuple(rows), 4)) for rows in own.tolist()]
     at = 0
     for size in sizes:
-        parts = [loader.next_batch(size)["tokens"] for loader in loaders]
-        assert [len(part) for part in parts] == [size // count] * count
-        np.testing.assert_array_equal(np.concatenate(parts), EXPECTED[at : at + size])
+        parts = [loader.next_batch(size)["tokens"].reshape(size // 4, 4 // count, LENGTH) for loader in loaders]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1).reshape(size, LENGTH), EXPECTED[at : at + size])
         at += size
     elastic = Loader(DATASET)
     elastic.restore(loaders[-1].state())
@@ -115,13 +116,13 @@ def test_foreign_state_is_refused(state):
         Loader(DATASET).restore(state)
 
 
-def test_uneven_shares_are_refused():
-    with pytest.raises(ConfigError, match="cannot be shared equally by 2 processes"):
-        Loader(DATASET, process_rows=(0, 2)).next_batch(3)
+def test_parts_of_microbatches_are_refused():
+    with pytest.raises(ConfigError, match="batch of 3 samples is no multiple of the 2 of a microbatch"):
+        Loader(DATASET, process_rows=ProcessRows((0,), 2)).next_batch(3)
 
 
 def test_evaluation_starts_over():
-    loader = EvaluationLoader(DATASET, batch_size=4, num_batches=3, process_rows=(1, 2))
+    loader = EvaluationLoader(DATASET, batch_size=4, num_batches=3, process_rows=ProcessRows((2, 3), 4))
     runs = [np.concatenate([batch["tokens"] for batch in loader]) for _ in range(2)]
     expected = EXPECTED[:12].reshape(3, 2, 2, LENGTH)[:, 1].reshape(6, LENGTH)
     assert len(loader) == 3
