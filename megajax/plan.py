@@ -43,13 +43,12 @@ def plan_schedule(options: argparse.Namespace) -> None:
     for flag, value in (("--pp", options.pp), ("--microbatches", options.microbatches)):
         if value is None:
             raise ConfigError(f"{flag} is missing; --schedule needs it")
+    require(options.mtp is None or options.mtp >= 0, f"--mtp-num-layers {options.mtp} must be at least 0")
     memory = options.bytes_per_microbatch
     if memory is not None:
         require(0 < memory < 1e18, f"--bytes-per-microbatch {memory:g} must be above 0 and below 1e18")
     layout = _layout(options)
-    chunks = options.chunks or 1
-    if layout is not None:
-        chunks = len(layout) // options.pp
+    chunks = len(layout) // options.pp if layout is not None else _chunks(options)
     schedule = make_schedule(options.schedule, options.pp, options.microbatches, chunks, group=options.group)
     costs = _costs(layout)
     if options.png is not None:
@@ -88,13 +87,17 @@ def _layout(options: argparse.Namespace) -> Layout | None:
     layers = pipeline_layout.split_layers(
         options.num_layers,
         options.pp,
-        1 if options.chunks is None else options.chunks,
+        _chunks(options),
         options.first,
         options.last,
         options.account_for_embedding,
         options.account_for_loss,
     )
     return pipeline_layout.layout_of(layers, options.mtp or 0)
+
+
+def _chunks(options: argparse.Namespace) -> int:
+    return 1 if options.chunks is None else options.chunks
 
 
 def _costs(layout: Layout | None) -> Costs:

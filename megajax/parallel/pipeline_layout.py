@@ -48,7 +48,7 @@ def parse_layout(
     parsed = tuple(text.split("|"))
     require(stages >= 1, f"pipeline_model_parallel_size={stages} must be at least 1")
     if len(parsed) % stages or chunks not in (None, len(parsed) // stages):
-        each = f"{chunks} chunks on each of " if chunks else "a multiple of "
+        each = f"{chunks} chunks on each of " if chunks is not None else "a multiple of "
         raise ConfigError(f"{where}: has {len(parsed)} stages; write {each}pipeline_model_parallel_size={stages}")
     _check_ends(parsed, where)
     _check_mtp(parsed, stages, where)
@@ -79,7 +79,7 @@ def split_layers(
     Raises:
       ConfigError: the layers do not divide evenly.
     """
-    sizes = {"pipeline_model_parallel_size": stages, "virtual_pipeline_model_parallel_size": chunks}
+    sizes = {"pipeline_model_parallel_size": stages, "num_virtual_stages_per_pipeline_rank": chunks}
     for field, value in {"num_layers": num_layers, **sizes}.items():
         require(value >= 1, f"{field}={value} must be at least 1")
     if first is not None or last is not None:
@@ -95,11 +95,10 @@ def split_layers(
         require_divides(f"num_layers{extra}", counted, "pipeline_model_parallel_size", stages)
         per_stage = [counted // stages] * stages
     for stage, count in enumerate(per_stage):
-        require_divides(f"num_layers of stage {stage}", count, "virtual_pipeline_model_parallel_size", chunks)
+        require_divides(f"num_layers of stage {stage}", count, "num_virtual_stages_per_pipeline_rank", chunks)
     layers = [count // chunks for count in per_stage] * chunks
     layers[0] -= account_for_embedding
     layers[-1] -= account_for_loss
-    require(min(layers) >= 0, f"num_layers={num_layers}: no layer is left beside embedding and loss; add layers")
     return tuple(layers)
 
 
@@ -146,7 +145,7 @@ def _uneven(num_layers: int, stages: int, chunks: int, first: int | None, last: 
     for field, count in (("decoder_first_pipeline_num_layers", first), ("decoder_last_pipeline_num_layers", last)):
         if count is not None:
             require(count > 0, f"{field}={count} must be at least 1")
-            require_divides(field, count, "virtual_pipeline_model_parallel_size", chunks)
+            require_divides(field, count, "num_virtual_stages_per_pipeline_rank", chunks)
             left, middle = left - count, middle - 1
     fits = middle >= 0 and left >= 0 and bool(left) == bool(middle) and (middle == 0 or left % middle == 0)
     require(

@@ -126,14 +126,14 @@ def _draw_boxes(
         for (kind, chunk), group in itertools.groupby(ordered, key=lambda span: (span.op.kind, span.op.chunk)):
             same = list(group)
             colour = _shade(kind, chunk, schedule.chunks)
-            bars = [(span.start, span.finish - span.start) for span in same]
+            bars = [(span.start, span.finish - span.start) for span in same if span.finish > span.start]
             edge = min(0.9, 0.12 * points_per_unit)
             axes.broken_barh(bars, (stage - 0.43, 0.86), facecolor=colour, edgecolor="white", linewidth=edge)
             for span in same:
                 size = min(9.0, 0.6 * row_points, 1.25 * points_per_unit * (span.finish - span.start) / digits)
-                if size >= 4.5:
+                if size >= 5.5:
                     middle = (span.start + span.finish) / 2
-                    ink = "white" if _luminance(colour) < 0.45 else INK
+                    ink = "white" if _luminance(colour) < 0.5 else INK
                     text = str(span.op.microbatch)
                     axes.text(middle, stage, text, size=size, color=ink, ha="center", va="center_baseline")
 
@@ -155,8 +155,11 @@ def _draw_memory(
         axes.fill_between(
             times, floor, [floor - h for h in heights], step="post", color=MEMORY, alpha=0.75, linewidth=0
         )
-        axes.text(1.01, stage, notes[stage], transform=axes.get_yaxis_transform(), size=9, color=INK, va="center")
-    axes.text(1.01, -0.5, "at most", transform=axes.get_yaxis_transform(), size=9, color=FAINT, va="bottom")
+        if stage % _label_step(schedule.stages) == 0:
+            axes.text(1.01, stage, notes[stage], transform=axes.get_yaxis_transform(), size=9, color=INK, va="center")
+    axes.annotate(
+        "at most", (1.01, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", size=9, color=FAINT
+    )
 
 
 def _bare(axes: Axes, stages: int, size: float) -> None:
@@ -164,7 +167,7 @@ def _bare(axes: Axes, stages: int, size: float) -> None:
     for stage in range(stages):
         axes.axhspan(stage - 0.43, stage + 0.43, color=LANE, linewidth=0, zorder=0)
     axes.set_ylim(stages - 0.5, -0.5)
-    step = 1 if stages <= 32 else 4
+    step = _label_step(stages)
     axes.set_yticks(range(0, stages, step), [f"stage {stage}" for stage in range(0, stages, step)])
     axes.tick_params(length=0, labelsize=size, labelcolor=INK)
     axes.tick_params(axis="x", labelsize=9, labelcolor=FAINT)
@@ -202,6 +205,11 @@ def _draw_title(figure: Figure, schedule: Schedule, costs: Costs, left: float, h
     )
 
 
+def _label_step(stages: int) -> int:
+    """Every how many stages there is room for a label."""
+    return -(-stages // 32)
+
+
 def _short(op: Op, schedule: Schedule) -> str:
     return label(op) if schedule.chunks > 1 else f"{op.kind}{op.microbatch}"
 
@@ -214,9 +222,10 @@ def _costs(schedule: Schedule, costs: Costs) -> str:
 
 
 def _runs(values: Sequence[object]) -> str:
-    """Values with repetitions counted: `4 3 2 1`, `4 (8 times)`."""
+    """Values with repetitions counted, the middle of many left out: `4, 3, 2, 1`, `4 (8 times)`."""
     groups = [(value, len(list(group))) for value, group in itertools.groupby(values)]
-    return ", ".join(f"{value} ({count} times)" if count > 1 else str(value) for value, count in groups)
+    words = [f"{value} ({count} times)" if count > 1 else str(value) for value, count in groups]
+    return ", ".join(words if len(words) <= 16 else [*words[:4], "...", *words[-4:]])
 
 
 def _shade(kind: Kind, chunk: int, chunks: int) -> tuple[float, float, float]:

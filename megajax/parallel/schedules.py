@@ -320,7 +320,7 @@ def zb_h1(stages: int, microbatches: int, chunks: int = 1, group: int | None = N
     _check("zb-h1", stages, microbatches, chunks, group)
     if chunks != 1:
         raise ConfigError(
-            f"virtual_pipeline_model_parallel_size={chunks}: zb-h1 takes one chunk a stage; remove it, or use 1f1b"
+            f"num_virtual_stages_per_pipeline_rank={chunks}: zb-h1 takes one chunk a stage; remove it, or use 1f1b"
         )
     orders = []
     for stage in range(stages):
@@ -352,11 +352,8 @@ def make_schedule(name: str, stages: int, microbatches: int, chunks: int = 1, *,
 
 def _check(name: str, stages: int, microbatches: int, chunks: int, group: int | None) -> int:
     """The size of a group, once all numbers are known to be good."""
-    numbers = {
-        "pipeline_model_parallel_size": stages,
-        "num_microbatches": microbatches,
-        "virtual_pipeline_model_parallel_size": chunks,
-    }
+    fields = ("pipeline_model_parallel_size", "num_microbatches", "num_virtual_stages_per_pipeline_rank")
+    numbers = dict(zip(fields, (stages, microbatches, chunks), strict=True))
     for field, value in numbers.items():
         require(value >= 1, f"{field}={value} must be at least 1")
     ops = stages * chunks * microbatches * len(KINDS)
