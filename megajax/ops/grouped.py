@@ -130,8 +130,8 @@ def permute(x_ND: Array, placement: Placement) -> Array:
 
 
 def permute_choices(x_NK: Array, placement: Placement) -> Array:
-    """The same for a number that every assignment has, such as its probability: [N, K] -> [R]."""
-    return _permute(x_NK.reshape(-1), placement.source, placement.rows.reshape(-1, 1))
+    """The same for what every assignment has of its own, such as its probability: [N, K, ...] -> [R, ...]."""
+    return _permute(x_NK.reshape(-1, *x_NK.shape[2:]), placement.source, placement.rows.reshape(-1, 1))
 
 
 def unpermute(y_RD: Array, placement: Placement) -> Array:

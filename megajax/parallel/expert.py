@@ -228,8 +228,7 @@ def _local(
     axes: _Axes,
 ) -> Array:
     """What one device does."""
-    x_TD = x.reshape(-1, x.shape[-1])
-    ids_TK, probs_TK = (a.reshape(-1, a.shape[-1]) for a in (expert_ids, probs))
+    x_TD, ids_TK, probs_TK = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, probs.astype(jnp.float32)))
     limit = None
     if dispatcher.capacity_factor is not None:
         limit = capacity(x_TD.shape[0], ids_TK.shape[1], num_experts, dispatcher.capacity_factor)
@@ -276,23 +275,32 @@ def _compute_padded(x_ND: Array, ids_NK: Array, probs_NK: Array, work: _Work, ro
     return unpermute(y.reshape(x_RD.shape), where)
 
 
-def _compute_arrived(x_ND: Array, ids_N: Array, probs_N: Array, work: _Work) -> Array:
+def _compute_arrived(x_ND: Array, routing_N2: Array, work: _Work) -> Array:
     """`_compute` for rows of one expert each, together with the devices that hold the other parts of the experts."""
     others = work.axes.gathered(work.axes.etp)
-    x_ND, ids_N, probs_N = (_gather(a, others) for a in (x_ND, ids_N, probs_N))
-    return _sum_back(_compute(x_ND, ids_N[:, None], probs_N[:, None], work), work.axes, work.axes.etp)
+    ids_N1, probs_N1 = _unpack(_gather(routing_N2, others)[:, None], work.experts)
+    return _sum_back(_compute(_gather(x_ND, others), ids_N1, probs_N1, work), work.axes, work.axes.etp)
+
+
+def _routing(ids: Array, probs: Array) -> Array:
+    """Probability and expert in one message, [...] to [..., 2]. fp32 holds every id exactly, and an empty row, all
+    zero, reads as an expert that is not there."""
+    return jnp.stack([probs, (ids + 1).astype(probs.dtype)], -1)
+
+
+def _unpack(routing: Array, experts: int) -> tuple[Array, Array]:
+    """(ids, probs), an id outside [0, experts) becoming `experts`."""
+    ids = routing[..., 1].astype(jnp.int32) - 1
+    return jnp.where((ids >= 0) & (ids < experts), ids, experts), routing[..., 0]
 
 
 def _allgather(x_TD: Array, ids_TK: Array, probs_TK: Array, work: _Work) -> Array:
     """Every device of the group sees all tokens and works on those that chose its experts."""
-    axes, top_k, experts = work.axes, ids_TK.shape[1], work.experts
+    axes, experts = work.axes, work.experts
     group = axes.ep + axes.etp
     x_ND = _gather(x_TD, axes.gathered(group))
-    # One message for both; fp32 holds every id exactly.
-    routing = _gather(jnp.concatenate([probs_TK, ids_TK.astype(probs_TK.dtype)], 1), axes.gathered(group))
-    probs_NK, ids_NK = routing[:, :top_k], routing[:, top_k:].astype(jnp.int32)
-    ids_NK -= experts * work.me
-    ids_NK = jnp.where((ids_NK >= 0) & (ids_NK < experts), ids_NK, experts)
+    mine = _gather(_routing(ids_TK, probs_TK), axes.gathered(group)) - jnp.array([0, experts * work.me])
+    ids_NK, probs_NK = _unpack(mine, experts)
     if work.limit is not None and work.dispatcher.pad_to_capacity:
         y_ND = _compute_padded(x_ND, ids_NK, probs_NK, work, work.limit * _size(axes.gathered(group)))
     else:
@@ -306,15 +314,13 @@ def _alltoall(x_TD: Array, ids_TK: Array, probs_TK: Array, work: _Work) -> Array
         return _alltoall_capacity(x_TD, ids_TK, probs_TK, work, work.limit)
     ep, shards, experts = work.axes.ep, work.shards, work.experts
     rows = x_TD.shape[0] * min(ids_TK.shape[1], experts)
-    # Rows for one device lie behind each other, sorted by expert, so that the counts tell whose they are.
+    # Rows for one device lie behind each other.
     counts = expert_counts(ids_TK, work.num_experts).reshape(shards, experts)
     starts = rows * jnp.arange(shards)[:, None] + jnp.cumsum(counts, 1) - counts
     where = place(ids_TK, starts.reshape(-1), shards * rows)
     x_ND = _exchange(permute(x_TD, where), ep)
-    probs_N = _exchange(permute_choices(probs_TK, where), ep)
-    ends = jnp.cumsum(_exchange(counts, ep), 1)
-    ids = jax.vmap(lambda ends_e: jnp.searchsorted(ends_e, jnp.arange(rows), side="right"))(ends)
-    y_ND = _compute_arrived(x_ND, ids.reshape(-1), probs_N, work)
+    routing_N2 = _exchange(permute_choices(_routing(ids_TK % experts, probs_TK), where), ep)
+    y_ND = _compute_arrived(x_ND, routing_N2, work)
     return unpermute(_exchange(y_ND, ep), where)
 
 
@@ -344,11 +350,8 @@ def _ragged(x_TD: Array, ids_TK: Array, probs_TK: Array, work: _Work) -> Array:
     sent = _gather(counts[None], ep).reshape(shards, shards, experts)
     there, back = _offsets(sent.sum(2), work.me)
     x_ND = _ragged_exchange(permute(x_TD, where), longest, there, ep)
-    probs_N = _ragged_exchange(permute_choices(probs_TK, where), longest, there, ep)
-    ends = jnp.cumsum(sent[:, work.me].reshape(-1))
-    segment = jnp.searchsorted(ends, jnp.arange(longest), side="right")
-    ids_N = jnp.where(segment < ends.size, segment % experts, experts)
-    y_ND = _compute_arrived(x_ND, ids_N, probs_N, work)
+    routing_N2 = _ragged_exchange(permute_choices(_routing(ids_TK % experts, probs_TK), where), longest, there, ep)
+    y_ND = _compute_arrived(x_ND, routing_N2, work)
     return unpermute(_ragged_exchange(y_ND, tokens * top_k, back, ep), where)
 
 

@@ -11,6 +11,11 @@ import pytest
 
 from megajax.ops import grouped
 
+# Compiled as one program each; op by op they would be dozens.
+place_grouped = jax.jit(grouped.place_grouped, static_argnums=(1, 2, 3))
+drop = jax.jit(grouped.drop, static_argnums=(2, 3, 4))
+permute, unpermute = jax.jit(grouped.permute), jax.jit(grouped.unpermute)
+
 
 @pytest.fixture(scope="module")
 def case(golden: Path) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def test_capacity(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_dropping(case: dict[str, Any], factor: float, policy: grouped.DropPolicy) -> None:
     limit = grouped.capacity(24, 2, 8, factor)
-    kept = np.asarray(grouped.drop(case["ids"], case["chosen"], 8, limit, policy))
+    kept = np.asarray(drop(case["ids"], case["chosen"], 8, limit, policy))
     mask = np.zeros((24, 9), bool)
     np.put_along_axis(mask, kept, True, 1)
     expected = case[f"drop_cf{factor}_{policy}_pad0/map"].astype(bool)
@@ -48,51 +53,57 @@ def test_dropping(case: dict[str, Any], factor: float, policy: grouped.DropPolic
 
 def test_permutation(case: dict[str, Any]) -> None:
     ids = jnp.asarray(case["ids"])
-    where, groups = grouped.place_grouped(ids, 8, 48, 1)
+    where, groups = place_grouped(ids, 8, 48, 1)
     np.testing.assert_array_equal(groups.sizes, case["routing_map"].sum(0))
     np.testing.assert_array_equal(np.asarray(where.source) // 2, case["permute/sorted_indices"])
-    x = grouped.permute(jnp.asarray(case["tokens"]), where)
+    x = permute(jnp.asarray(case["tokens"]), where)
     np.testing.assert_array_equal(x, case["permute/tokens"])
     np.testing.assert_array_equal(grouped.permute_choices(jnp.asarray(case["chosen"]), where), case["permute/probs"])
-    np.testing.assert_allclose(grouped.unpermute(x, where), case["unpermute/noprobs"], rtol=1e-6)
+    np.testing.assert_allclose(unpermute(x, where), case["unpermute/noprobs"], rtol=1e-6)
 
 
 def test_groups_are_rounded_up() -> None:
     """Blocks of 4; expert 1 has no token, id 3 and -1 mean nobody."""
     ids = jnp.array([[0, 2], [2, 3], [2, -1], [2, 0], [2, 3]], jnp.int32)
-    where, groups = grouped.place_grouped(ids, 3, 16, 4)
+    where, groups = place_grouped(ids, 3, 16, 4)
     assert groups.sizes.tolist() == [4, 0, 8]
     assert where.rows.tolist() == [[0, 4], [5, 16], [6, 16], [7, 1], [8, 16]]
     assert groups.expert_of_row(16).tolist() == [0] * 4 + [2] * 8 + [3] * 4
-    assert grouped.permute(jnp.arange(1.0, 6.0), where).tolist() == [1, 4, 0, 0, 1, 2, 3, 4, 5] + [0] * 7
+    assert permute(jnp.arange(1.0, 6.0), where).tolist() == [1, 4, 0, 0, 1, 2, 3, 4, 5] + [0] * 7
     bias = grouped.grouped_bias(jnp.array([[1.0], [2.0], [3.0]]), jnp.zeros((16, 1)), groups)
     assert bias[:, 0].tolist() == [1.0] * 4 + [3.0] * 8 + [0.0] * 4
 
 
 def test_permute_and_unpermute_are_transposes() -> None:
-    ids = jax.random.permutation(jax.random.key(0), jnp.tile(jnp.arange(5), (6, 1)), 1, independent=True)[:, :3]
-    where, _ = grouped.place_grouped(ids.astype(jnp.int32), 4, 40, 4)
-    x, y = jax.random.normal(jax.random.key(1), (6, 2)), jax.random.normal(jax.random.key(2), (40, 2))
-    inner = jnp.vdot(grouped.permute(x, where), y)
-    np.testing.assert_allclose(inner, jnp.vdot(x, grouped.unpermute(y, where)), rtol=1e-5)
-    np.testing.assert_allclose(jax.vjp(lambda a: grouped.permute(a, where), x)[1](y)[0], grouped.unpermute(y, where))
-    np.testing.assert_allclose(jax.vjp(lambda a: grouped.unpermute(a, where), y)[1](x)[0], grouped.permute(x, where))
+    r = np.random.default_rng(0)
+    ids = jnp.array([r.permutation(5)[:3] for _ in range(6)], jnp.int32)
+    where, _ = place_grouped(ids, 4, 40, 4)
+    x, y = (jnp.array(r.normal(size=(n, 2)), jnp.float32) for n in (6, 40))
+    inner = jnp.vdot(permute(x, where), y)
+    np.testing.assert_allclose(inner, jnp.vdot(x, unpermute(y, where)), rtol=1e-5)
+    np.testing.assert_allclose(jax.vjp(lambda a: permute(a, where), x)[1](y)[0], unpermute(y, where))
+    np.testing.assert_allclose(jax.vjp(lambda a: unpermute(a, where), y)[1](x)[0], permute(x, where))
 
 
 def test_grouped_matmul_and_gradients() -> None:
     """Against a loop over experts; rows behind the last group are never read, whatever they hold."""
     sizes, block = [4, 0, 8], 4
-    x = jax.random.normal(jax.random.key(0), (20, 3)).at[12:].set(jnp.nan)
-    w = jax.random.normal(jax.random.key(1), (3, 3, 5))
-    dy = jax.random.normal(jax.random.key(2), (20, 5))
+    r = np.random.default_rng(0)
+    x, w, dy = (r.normal(size=size).astype(np.float32) for size in ((20, 3), (3, 3, 5), (20, 5)))
+    x[12:] = np.nan
     groups = grouped.Groups(jnp.array(sizes), block)
-    y, pull = jax.vjp(jax.jit(lambda x, w: grouped.grouped_matmul(x, w, groups)), x, w)
-    dx, dw = pull(dy)
+
+    @jax.jit
+    def product(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        y, pull = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, groups), x, w)
+        return y, *pull(dy)
+
+    y, dx, dw = (np.asarray(a) for a in product(x, w, dy))
     ends = np.cumsum(sizes)
     for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
         np.testing.assert_allclose(y[start:end], x[start:end] @ w[e], rtol=1e-5)
         np.testing.assert_allclose(dx[start:end], dy[start:end] @ w[e].T, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(dw[e], x[start:end].T @ dy[start:end], rtol=1e-5, atol=1e-6)
     assert not y[12:].any() and not dx[12:].any()
-    padded = grouped.grouped_matmul(x[:12].reshape(3, 4, 3), w, None)
+    padded = grouped.grouped_matmul(jnp.array(x[:12].reshape(3, 4, 3)), jnp.array(w), None)
     np.testing.assert_allclose(padded[1], x[4:8] @ w[1], rtol=1e-5)

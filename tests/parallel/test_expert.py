@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from megajax.config import ConfigError
@@ -31,7 +31,7 @@ def make_mesh(**sizes: int) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def inputs() -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+def inputs() -> tuple[Any, dict[str, Any], Any, Any, Any]:
     """x, params, ids, probs, and the weights of a loss. Everybody's first choice is expert 5, no one chooses 2."""
     r = np.random.default_rng(0)
     second = r.choice([0, 1, 3, 4, 6, 7], (B, S))
@@ -93,16 +93,13 @@ CASES = [
     Case("allgather", how("allgather"), {"dp": 2, "ep": 4}),
     Case("allgather-etp", how("allgather"), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
     Case("allgather-etp-same-tokens", how("allgather"), {"ep": 2, "tp": 2}, etp=("tp",)),
-    Case("allgather-folded-same-tokens", how("allgather"), {"ep": 2, "tp": 2}, ep=("ep", "tp")),
-    Case("allgather-drop", how("allgather", 1.0, drop_policy="position"), {"dp": 2, "ep": 2}),
+    Case("allgather-folded", how("allgather", 1.0, drop_policy="position"), {"ep": 2, "tp": 2}, ep=("ep", "tp")),
     Case("allgather-pad", how("allgather", 1.0, pad_to_capacity=True), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
     Case("alltoall-drop", how("alltoall", 1.0), {"dp": 2, "ep": 4}),
     Case("alltoall-etp", how("alltoall", 1.5), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
     Case("alltoall-all-fit", how("alltoall", 99.0), {"ep": 2, "tp": 2}, etp=("tp",)),
-    Case("alltoall-dropless", how("alltoall"), {"dp": 2, "ep": 4}),
-    Case("alltoall-dropless-etp", how("alltoall"), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
-    Case("alltoall-folded", how("alltoall"), {"dp": 2, "cp": 2, "tp": 2}, ("cp", "tp"), ep=("cp", "tp")),
-    Case("ragged", how("ragged"), {"dp": 2, "ep": 4}),
+    Case("alltoall-folded-dropless", how("alltoall"), {"dp": 2, "cp": 2, "tp": 2}, ("cp", "tp"), ep=("cp", "tp")),
+    Case("ragged", how("ragged"), {"ep": 4}),
     Case("ragged-etp", how("ragged", 1.0), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
 ]
 
@@ -112,11 +109,10 @@ def fake_ragged_all_to_all(x, out, starts, sizes, goes_to, comes, *, axis_name):
     xs, starts, sizes, goes_to = (lax.all_gather(a, axis_name) for a in (x, starts, sizes, goes_to))
     me = lax.axis_index(axis_name)
     row = jnp.arange(out.shape[0])
-    for i in range(xs.shape[0]):
-        inside = (row >= goes_to[i, me]) & (row < goes_to[i, me] + sizes[i, me])
-        value = xs[i][jnp.clip(row - goes_to[i, me] + starts[i, me], 0, xs.shape[1] - 1)]
-        out = jnp.where(inside.reshape(-1, *(1,) * (out.ndim - 1)), value, out)
-    return out
+    begin = goes_to[:, me, None]
+    source, position = jnp.nonzero((row >= begin) & (row < begin + sizes[:, me, None]), size=row.size, fill_value=-1)
+    value = xs[source, position - begin[source, 0] + starts[source, me]]
+    return out.at[jnp.where(position < 0, row.size, position)].set(value, mode="drop")
 
 
 @pytest.fixture
@@ -159,3 +155,133 @@ def test_output_and_gradients(case: Case) -> None:
         step = jax.value_and_grad(lambda x, params, probs: (weight * run(case, x, params, ids, probs)).sum(), (0, 1, 2))
         got = jax.jit(step)(x, params, probs)
     assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("allgather", how("allgather"), {"pp": 2, "ep": 2}),
+        Case("alltoall", how("alltoall", 1.0), {"pp": 2, "ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_inside_a_pipeline_stage(case: Case) -> None:
+    """Two checkpointed layers in a scan, in a region that is manual over pp and takes its gradients inside."""
+    x, params, ids, probs, weight = inputs()
+    scale = np.array([[1.0, 0.5], [-1.0, 2.0]], np.float32)  # [stage, layer]
+    stages = {name: scale[..., *(None,) * a.ndim] * a for name, a in params.items()}
+    mesh = make_mesh(**case.mesh)
+    cut = (mesh.shape["ep"], mesh.shape["tp"])
+    chosen = keep(ids, probs, case.dispatcher.capacity_factor or 1e9, "probs", cut)
+
+    def loss(layer: Any, stage: Any, x: Any, probs: Any) -> Any:
+        x, _ = lax.scan(jax.checkpoint(lambda x, p: (x + layer(x, p, probs), None)), x, stage)
+        return (weight * x).sum()
+
+    def body(stage: Any, x: Any, probs: Any) -> Any:
+        mine = jax.tree.map(lambda a: a[0], stage)
+        layer = lambda x, p, probs: run(case, x, p, ids, probs)  # noqa: E731
+        out = jax.value_and_grad(loss, (1, 2, 3))(layer, mine, x, probs)
+        return jax.tree.map(lambda a: a[None], out)
+
+    with jax.set_mesh(mesh):
+        f = jax.shard_map(body, in_specs=(P("pp"), P(), P()), out_specs=P("pp"), axis_names={"pp"}, check_vma=False)
+        got = jax.jit(f)(stages, x, probs)
+    on_one = jax.jit(jax.value_and_grad(lambda *a: loss(lambda x, p, q: dense(x, p, q, chosen), *a), (0, 1, 2)))
+    expected = [on_one({name: a[i] for name, a in stages.items()}, x, probs) for i in range(2)]
+    assert_close(got, jax.tree.map(lambda *a: np.stack(a), *expected))
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Of rows of width D in a compiled program; all others are under `small`."""
+    found = re.findall(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
+    return dict(collections.Counter(name if f",{D}]" in shape else "small" for shape, name in found))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("allgather", {"all-gather": 1, "reduce-scatter": 1, "small": 1}),
+        ("alltoall-drop", {"all-to-all": 2, "small": 1}),
+        ("alltoall-etp", {"all-to-all": 2, "all-gather": 1, "reduce-scatter": 1, "small": 2}),
+        ("alltoall-folded-dropless", {"all-to-all": 2, "small": 1}),
+    ],
+)
+def test_collectives_forward(name: str, expected: dict[str, int]) -> None:
+    """What the table of the module says; `small` is the message with probabilities and experts."""
+    case = next(case for case in CASES if case.name == name)
+    x, params, ids, probs, _ = inputs()
+    with jax.set_mesh(mesh := make_mesh(**case.mesh)):
+        where = NamedSharding(mesh, P(("dp", "ep"), case.seq))
+        args = (jax.device_put(a, where) for a in (x, ids, probs))
+        compiled = jax.jit(lambda x, i, q: run(case, x, params, i, q), out_shardings=where).lower(*args).compile()
+    assert collectives(compiled.as_text() or "") == expected
+
+
+def test_without_a_mesh() -> None:
+    """One device: an expert that everybody chooses, others that nobody does, and a choice that counts for nothing."""
+    x, params, ids, probs, _ = inputs()
+    ids = np.stack([np.full((B, S), 5), np.where(ids[..., 0] == 5, ids[..., 1], E)], -1).astype(np.int32)
+    expected = dense(x, params, probs, one_hot(ids))
+    for dispatcher in (how("allgather"), how("alltoall", 99.0)):
+        f = jax.jit(lambda x, i, p, w, d=dispatcher: dispatch(x, i, p, w, expert_fn, num_experts=E, dispatcher=d))
+        assert_close(f(x, ids, probs, params), expected)
+
+
+def test_ragged_lowers_for_a_gpu() -> None:
+    """Two exchanges of rows and one of probabilities, and as many for the gradients."""
+    case = next(case for case in CASES if case.name == "ragged")
+    x, params, ids, probs, _ = inputs()
+    device = AbstractDevice("NVIDIA H100", None, "cuda")
+    shape = tuple(case.mesh.get(axis, 1) for axis in AXES)
+    mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=device)
+
+    def abstract(a: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("ep")))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        step = jax.grad(lambda x, params, ids, probs: (run(case, x, params, ids, probs) ** 2).sum(), (0, 1, 3))
+        traced = jax.jit(step).trace(*jax.tree.map(abstract, (x, params, ids, probs)))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@ragged_all_to_all") == 6
+
+
+@pytest.mark.parametrize(
+    ("case", "experts", "message"),
+    [
+        (Case("", how("ragged"), {"ep": 2}), 8, "moe_token_dispatcher_type=ragged needs a GPU, this is cpu"),
+        (
+            Case("", how("allgather"), {"ep": 4}),
+            6,
+            "num_moe_experts=6 is not divisible by expert_model_parallel_size=4",
+        ),
+        (
+            Case("", how("alltoall"), {"tp": 2}, ep=("tp",)),
+            8,
+            "alltoall needs tokens cut over every axis .* not over tp",
+        ),
+        (Case("", how("allgather"), {"cp": 8}, ("cp",)), 8, "dim 1 has size 4, not divisible by the 8 devices"),
+    ],
+)
+def test_mistakes_are_one_line(case: Case, experts: int, message: str) -> None:
+    x, params, ids, probs, _ = inputs()
+    with jax.set_mesh(make_mesh(**case.mesh)), pytest.raises(ConfigError, match=message) as error:
+        dispatch(
+            x,
+            ids,
+            probs,
+            params,
+            expert_fn,
+            num_experts=experts,
+            dispatcher=case.dispatcher,
+            token_spec=P(("dp", "ep"), case.seq),
+            ep=case.ep,
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_padding_needs_a_capacity() -> None:
+    with pytest.raises(ConfigError, match="moe_pad_expert_input_to_capacity=True needs a moe_expert_capacity_factor"):
+        how("alltoall", pad_to_capacity=True)
+    with pytest.raises(ConfigError, match="has no use with moe_token_dispatcher_type=ragged"):
+        how("ragged", 1.0, pad_to_capacity=True)
