@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from megajax.config import ConfigError
 from megajax.ops.attention import AttentionMask, attention_dropout_kept, dot_product_attention
 from megajax.parallel.ring_attention import Ring, ring_attention
+from megajax.parallel.sharding import spec_of
 
 Array = jax.Array
 CP, ULYSSES = "cp", "ulysses"
@@ -94,8 +95,8 @@ def context_parallel_attention(
     if dropout_rate > 0.0 and dropout_key is not None:
         if ring or zigzag or local_attention is not dot_product_attention:
             raise ConfigError(
-                f"attention_dropout={dropout_rate} with context_parallel_size > 1 is only possible with"
-                " cp_comm_type='a2a' and plain attention; set attention_dropout to 0"
+                f"attention_dropout={dropout_rate} is only possible in plain attention, and with"
+                " context_parallel_size > 1 only with cp_comm_type='a2a'; set attention_dropout to 0"
             )
         # Outside of the manual region, where it is the same whatever the mesh; every device makes its part.
         shape = (q_BSNK.shape[0], q_BSNK.shape[2], q_BSNK.shape[1], k_BTGK.shape[1])
@@ -132,8 +133,8 @@ class _Layout:
             return None
 
         def axes(logical: str) -> tuple[str, ...]:
-            entry = rules[logical] or ()
-            entry = (entry,) if isinstance(entry, str) else tuple(entry)
+            entry = spec_of((logical,), rules, where="attention")[0] or ()
+            entry = (entry,) if isinstance(entry, str) else entry
             return tuple(axis for axis in entry if axis not in mesh.manual_axes)
 
         heads = axes("act_heads")
@@ -216,7 +217,7 @@ class _Region:
         if self.ring:
             ring = Ring(CP, self.layout.cp, self.zigzag, self.scale, self.softmax_dtype)
             sink = None if sink is None else sink.astype(self.softmax_dtype).astype(jnp.float32)
-            y = ring_attention(ring, q, k, v, sink, mask)
+            y = jnp.asarray(ring_attention(ring, q, k, v, sink, mask))
         else:
             y = self._gathered(q, k, v, sink, mask, kept)
         if self.layout.ulysses > 1:

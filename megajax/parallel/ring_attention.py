@@ -5,7 +5,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from megajax.ops.attention import AttentionMask, attention_block, attention_block_gradients, merge_blocks
 
 Array = jax.Array
-State = TypeVar("State")
+Pair = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +106,12 @@ def _forward(
         arriving = ring.send(kv) if step < ring.size - 1 else kv  # before the products, which hide it
         for block, keep, reachable in _visits(ring, mask, step, q_BSNK, k_BTGK):
 
-            def attend(state: tuple[Array, Array], block: Block = block, keep: Array | None = keep, kv: Array = kv):
-                k, v = _cut(kv, block.k_start, block.k_size, dim=2)
-                part = attention_block(_cut(q_BSNK, *block[:2]), k, v, keep, **options)
-                rows = merge_blocks(*(_cut(x, *block[:2]) for x in state), *part)
-                return tuple(_put(x, row, block.q_start) for x, row in zip(state, rows, strict=True))
+            def attend(state: Pair, block: Block = block, keep: Array | None = keep, kv: Array = kv) -> Pair:
+                (q0, rows, k0, columns), (old_y, old_lse) = block[:4], state
+                k, v = _cut(kv, k0, columns, dim=2)
+                part = attention_block(_cut(q_BSNK, q0, rows), k, v, keep, **options)
+                new_y, new_lse = merge_blocks(_cut(old_y, q0, rows), _cut(old_lse, q0, rows), *part)
+                return _put(old_y, new_y, q0), _put(old_lse, new_lse, q0)
 
             y, lse = _when(reachable, attend, (y, lse))
         kv = arriving
@@ -129,34 +130,33 @@ def _backward(ring: Ring, kept: tuple, dy_BSNK: Array) -> tuple[Array, Array, Ar
     q_BSNK, k_BTGK, v_BTGK, sink_N, mask, y_BSNK, lse = kept
     options = {"scale": ring.scale, "softmax_dtype": ring.softmax_dtype}
     delta = jnp.sum(dy_BSNK.astype(jnp.float32) * y_BSNK.astype(jnp.float32), axis=-1)
-    kv = jnp.stack((k_BTGK, v_BTGK))
+    # Values before keys: sent as in the forward pass, XLA would merge the two and keep all that was received till now.
+    vk = jnp.stack((v_BTGK, k_BTGK))
     dq = jnp.zeros(q_BSNK.shape, jnp.float32)
-    own_dkv = travelling = jnp.zeros(kv.shape, jnp.float32)
+    own_dvk = travelling = jnp.zeros(vk.shape, jnp.float32)
     for step in range(ring.size):
-        arriving = ring.send(kv) if step < ring.size - 1 else kv
-        dkv = travelling
+        arriving = ring.send(vk) if step < ring.size - 1 else vk
+        dvk = travelling
         for block, keep, reachable in _visits(ring, mask, step, q_BSNK, k_BTGK):
 
-            def add(state: tuple[Array, Array], block: Block = block, keep: Array | None = keep, kv: Array = kv):
-                q, dy, row_lse, row_delta = (_cut(x, *block[:2]) for x in (q_BSNK, dy_BSNK, lse, delta))
-                k, v = _cut(kv, block.k_start, block.k_size, dim=2)
-                part_dq, *part_dkv = attention_block_gradients(
+            def add(state: Pair, block: Block = block, keep: Array | None = keep, vk: Array = vk) -> Pair:
+                (q0, rows, k0, columns), (old_dq, old_dvk) = block[:4], state
+                q, dy, row_lse, row_delta, row_dq = (_cut(x, q0, rows) for x in (q_BSNK, dy_BSNK, lse, delta, old_dq))
+                v, k = _cut(vk, k0, columns, dim=2)
+                add_dq, dk, dv = attention_block_gradients(
                     q, k, v, keep, dy_BSNK=dy, lse_BSN=row_lse, delta_BSN=row_delta, **options
                 )
-                old_dq, old_dkv = _cut(state[0], *block[:2]), _cut(state[1], block.k_start, block.k_size, dim=2)
-                return (
-                    _put(state[0], old_dq + part_dq, block.q_start),
-                    _put(state[1], old_dkv + jnp.stack(part_dkv), block.k_start, dim=2),
-                )
+                sum_dvk = _cut(old_dvk, k0, columns, dim=2) + jnp.stack((dv, dk))
+                return _put(old_dq, row_dq + add_dq, q0), _put(old_dvk, sum_dvk, k0, dim=2)
 
-            dq, dkv = _when(reachable, add, (dq, dkv))
+            dq, dvk = _when(reachable, add, (dq, dvk))
         # The device's own part stays; what it found for others goes on, and is at home after the last step.
         if step == 0:
-            own_dkv = dkv
+            own_dvk = dvk
         else:
-            travelling = ring.send(dkv)
-        kv = arriving
-    dk, dv = own_dkv + travelling
+            travelling = ring.send(dvk)
+        vk = arriving
+    dv, dk = own_dvk + travelling
     dsink = None
     if sink_N is not None:
         dsink = -jnp.sum(jnp.exp(sink_N - lse) * delta, axis=(0, 1))
@@ -213,7 +213,7 @@ def _in_reach(mask: AttentionMask, q_index_S: Array, k_index_T: Array) -> Array:
     return reach
 
 
-def _when(reachable: Array | None, update: Callable[[State], State], state: State) -> State:
+def _when(reachable: Array | None, update: Callable[[Pair], Pair], state: Pair) -> Pair:
     return update(state) if reachable is None else jax.lax.cond(reachable, update, lambda state: state, state)
 
 
