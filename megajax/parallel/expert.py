@@ -96,8 +96,9 @@ def dispatch(
     """Sum over a token's experts of expert(token) * probability.
 
     It opens a `shard_map` over all axes named here, in the mesh of the context, also inside one that is manual over
-    other axes; without a mesh everything is local. Gradients are exact for x, probs and params. On CPUs, give fp32
-    params and x (cast in `expert_fn`): XLA:CPU cannot sum bf16 gradients there.
+    other axes; without a mesh everything is local. Gradients are exact for x, probs and params. Sums over devices are
+    taken in the dtype of what is summed (of params' gradients, so give fp32 ones and cast in `expert_fn`), on CPUs in
+    fp32.
 
     Args:
       x: [..., D]; the order of tokens, for `drop_policy="position"`, is row-major on each device.
@@ -114,22 +115,27 @@ def dispatch(
     Raises:
       ConfigError: sizes that do not divide, a dispatcher that cannot work on these axes or this platform.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    names = _names(token_spec)
+    mesh, dtype = jax.sharding.get_abstract_mesh(), x.dtype
+    _check_platform(dispatcher, mesh)
+    # Axes of one device need no collective, and XLA would keep their sums.
+    token_spec = _several(token_spec, mesh)
     specs = PartitionSpec(ep or None) if param_specs is None else param_specs
-    manual = {*names, *ep, *etp, *_names_of_tree(specs)}
-    if mesh.empty or not manual:
-        _check_platform(dispatcher, mesh)
-        return _local(x, expert_ids, probs, params, expert_fn, num_experts, dispatcher, _Axes())
-    # Axes of one device need no collective.
-    axes = _Axes(*(tuple(a for a in group if mesh.shape[a] > 1) for group in (names, ep, etp)))
+    specs = jax.tree.map(lambda s: _several(s, mesh), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    axes = _Axes(*(_names(_several(PartitionSpec(group), mesh)) for group in (_names(token_spec), ep, etp)))
+    manual = {*axes.token, *axes.ep, *axes.etp, *_names_of_tree(specs)}
+    if not manual:
+        return _local(x, expert_ids, probs, params, expert_fn, num_experts, dispatcher, axes)
     _check(x, token_spec, axes, num_experts, dispatcher, mesh)
+    if _platform(mesh) == "cpu":
+        # XLA:CPU aborts on a sum of bf16 over devices.
+        expert_fn = _narrowed(expert_fn, x.dtype, jax.tree.map(lambda a: a.dtype, params))
+        x, params = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), (x, params))
     inner = functools.partial(_local, expert_fn=expert_fn, num_experts=num_experts, dispatcher=dispatcher, axes=axes)
     tokens = PartitionSpec(*token_spec, *(None,) * (x.ndim - len(token_spec)))
     sharded = jax.shard_map(
         inner, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, axis_names=manual, check_vma=False
     )
-    return sharded(x, expert_ids, probs, params)
+    return sharded(x, expert_ids, probs, params).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +180,12 @@ class _Work:
         return lax.axis_index(self.axes.ep) if self.axes.ep else 0
 
 
+def _several(spec: PartitionSpec, mesh: AbstractMesh) -> PartitionSpec:
+    """`spec` without the axes that have one device, and all of them where there is no mesh."""
+    entries = [tuple(a for a in _names(PartitionSpec(entry)) if mesh.shape.get(a, 1) > 1) for entry in spec]
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
 def _names(spec: PartitionSpec) -> MeshAxes:
     entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
     return tuple(name for entry in entries for name in entry)
@@ -184,9 +196,23 @@ def _names_of_tree(specs: Any) -> Iterable[str]:
     return (name for spec in leaves for name in _names(spec))
 
 
-def _check_platform(dispatcher: Dispatcher, mesh: AbstractMesh) -> None:
+def _narrowed(fn: ExpertFn, dtype: Any, param_dtypes: Any) -> ExpertFn:
+    """`fn` for x and params that came in fp32 and are meant in other dtypes."""
+
+    def wrapped(params: Any, x: Array, probs: Array, groups: Groups | None) -> Array:
+        params = jax.tree.map(lambda a, d: a.astype(d), params, param_dtypes)
+        return fn(params, x.astype(dtype), probs, groups).astype(x.dtype)
+
+    return wrapped
+
+
+def _platform(mesh: AbstractMesh) -> str:
     device = None if mesh.empty else mesh.abstract_device
-    platform = (device and device.platform) or jax.default_backend()
+    return jax.default_backend() if device is None else device.platform
+
+
+def _check_platform(dispatcher: Dispatcher, mesh: AbstractMesh) -> None:
+    platform = _platform(mesh)
     if dispatcher.kind == "ragged" and platform not in ("gpu", "cuda", "rocm"):
         raise ConfigError(
             f"moe_token_dispatcher_type=ragged needs a GPU, this is {platform}; use allgather or alltoall"
@@ -196,7 +222,6 @@ def _check_platform(dispatcher: Dispatcher, mesh: AbstractMesh) -> None:
 def _check(
     x: Array, token_spec: PartitionSpec, axes: _Axes, num_experts: int, dispatcher: Dispatcher, mesh: AbstractMesh
 ) -> None:
-    _check_platform(dispatcher, mesh)
     size = math.prod(mesh.shape[a] for a in axes.ep)
     if num_experts % size:
         raise ConfigError(

@@ -75,7 +75,7 @@ def keep(ids: np.ndarray, probs: np.ndarray, factor: float, policy: str, cut: tu
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A dispatcher on a mesh; tokens [B, S] are cut over (dp, ep) and `seq`."""
+    """A dispatcher on a mesh; tokens [B, S] are cut over (dp, ep) and `seq`. forward: collectives of whole tokens."""
 
     name: str
     dispatcher: Dispatcher
@@ -83,6 +83,7 @@ class Case:
     seq: Axes = ()
     ep: Axes = ("ep",)
     etp: Axes = ()
+    forward: dict[str, int] | None = None
 
 
 def how(kind: Any, factor: float | None = None, **more: Any) -> Dispatcher:
@@ -90,17 +91,28 @@ def how(kind: Any, factor: float | None = None, **more: Any) -> Dispatcher:
 
 
 CASES = [
-    Case("allgather", how("allgather"), {"dp": 2, "ep": 4}),
-    Case("allgather-etp", how("allgather"), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
+    Case("allgather", how("allgather"), {"dp": 2, "ep": 4}, forward={"all-gather": 1, "reduce-scatter": 1}),
     Case("allgather-etp-same-tokens", how("allgather"), {"ep": 2, "tp": 2}, etp=("tp",)),
     Case("allgather-folded", how("allgather", 1.0, drop_policy="position"), {"ep": 2, "tp": 2}, ep=("ep", "tp")),
     Case("allgather-pad", how("allgather", 1.0, pad_to_capacity=True), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
-    Case("alltoall-drop", how("alltoall", 1.0), {"dp": 2, "ep": 4}),
-    Case("alltoall-etp", how("alltoall", 1.5), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
-    Case("alltoall-all-fit", how("alltoall", 99.0), {"ep": 2, "tp": 2}, etp=("tp",)),
-    Case("alltoall-folded-dropless", how("alltoall"), {"dp": 2, "cp": 2, "tp": 2}, ("cp", "tp"), ep=("cp", "tp")),
-    Case("ragged", how("ragged"), {"ep": 4}),
-    Case("ragged-etp", how("ragged", 1.0), {"ep": 2, "tp": 2}, ("tp",), etp=("tp",)),
+    Case("alltoall-drop", how("alltoall", 1.0), {"dp": 2, "ep": 4}, forward={"all-to-all": 2}),
+    Case(
+        "alltoall-etp",
+        how("alltoall", 1.5),
+        {"ep": 2, "tp": 2},
+        ("tp",),
+        etp=("tp",),
+        forward={"all-to-all": 2, "all-gather": 1, "reduce-scatter": 1},
+    ),
+    Case(
+        "alltoall-folded",
+        how("alltoall"),
+        {"dp": 2, "cp": 2, "tp": 2},
+        ("cp", "tp"),
+        ep=("cp", "tp"),
+        forward={"all-to-all": 2},
+    ),
+    Case("ragged", how("ragged", 1.5), {"ep": 4, "tp": 2}, ("tp",), etp=("tp",)),
 ]
 
 
@@ -121,21 +133,30 @@ def ragged_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert, "_check_platform", lambda *_: None)
 
 
-def run(case: Case, x: Any, params: Any, ids: Any, probs: Any) -> jax.Array:
-    specs = {"fc1": P(case.ep, None, case.etp), "bias": P(case.ep, case.etp), "fc2": P(case.ep, case.etp, None)}
+def param_specs(case: Case) -> dict[str, P]:
+    return {"fc1": P(case.ep, None, case.etp), "bias": P(case.ep, case.etp), "fc2": P(case.ep, case.etp, None)}
+
+
+def run(case: Case, x: Any, params: Any, ids: Any, probs: Any, num_experts: int = E) -> jax.Array:
     return dispatch(
         x,
         ids,
         probs,
         params,
         expert_fn,
-        num_experts=E,
+        num_experts=num_experts,
         dispatcher=case.dispatcher,
         token_spec=P(("dp", "ep"), case.seq),
         ep=case.ep,
         etp=case.etp,
-        param_specs=specs,
+        param_specs=param_specs(case),
     )
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Of [..., D] in a compiled program."""
+    found = re.findall(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
+    return dict(collections.Counter(name for shape, name in found if f",{D}]" in shape))
 
 
 def assert_close(got: Any, expected: Any) -> None:
@@ -150,11 +171,19 @@ def test_output_and_gradients(case: Case) -> None:
     cut = tuple(int(np.prod([mesh.shape[a] for a in axes])) for axes in (("dp", "ep"), case.seq))
     d = case.dispatcher
     chosen = keep(ids, probs, d.capacity_factor or 1e9, d.drop_policy, (cut[0], cut[1]))
-    expected = jax.value_and_grad(lambda *a: (weight * dense(*a, chosen)).sum(), (0, 1, 2))(x, params, probs)
+    expected = jax.value_and_grad(lambda x, w, p: (weight * dense(x, w, p, chosen)).sum(), (0, 1, 2))(x, params, probs)
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (P(("dp", "ep"), case.seq), param_specs(case)))
+    shardings = (*placed, placed[0])
     with jax.set_mesh(mesh):
-        step = jax.value_and_grad(lambda x, params, probs: (weight * run(case, x, params, ids, probs)).sum(), (0, 1, 2))
-        got = jax.jit(step)(x, params, probs)
+        f = jax.value_and_grad(lambda x, params, probs: (weight * run(case, x, params, ids, probs)).sum(), (0, 1, 2))
+        step = jax.jit(f, in_shardings=shardings, out_shardings=(None, shardings)).lower(x, params, probs).compile()
+        got = step(*jax.device_put((x, params, probs), shardings))
     assert_close(got, expected)
+    if case.forward is not None:
+        # The gradient of each exchange is the opposite one. Replicated experts sum their gradient of fc2, [E, F, D].
+        twice = {name: 2 * count for name, count in case.forward.items()}
+        copies = {"all-reduce": 1} if "dp" in case.mesh else {}
+        assert collectives(step.as_text() or "") == twice | copies
 
 
 @pytest.mark.parametrize(
@@ -192,30 +221,17 @@ def test_inside_a_pipeline_stage(case: Case) -> None:
     assert_close(got, jax.tree.map(lambda *a: np.stack(a), *expected))
 
 
-def collectives(text: str) -> dict[str, int]:
-    """Of rows of width D in a compiled program; all others are under `small`."""
-    found = re.findall(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
-    return dict(collections.Counter(name if f",{D}]" in shape else "small" for shape, name in found))
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("allgather", {"all-gather": 1, "reduce-scatter": 1, "small": 1}),
-        ("alltoall-drop", {"all-to-all": 2, "small": 1}),
-        ("alltoall-etp", {"all-to-all": 2, "all-gather": 1, "reduce-scatter": 1, "small": 2}),
-        ("alltoall-folded-dropless", {"all-to-all": 2, "small": 1}),
-    ],
-)
-def test_collectives_forward(name: str, expected: dict[str, int]) -> None:
-    """What the table of the module says; `small` is the message with probabilities and experts."""
-    case = next(case for case in CASES if case.name == name)
-    x, params, ids, probs, _ = inputs()
-    with jax.set_mesh(mesh := make_mesh(**case.mesh)):
-        where = NamedSharding(mesh, P(("dp", "ep"), case.seq))
-        args = (jax.device_put(a, where) for a in (x, ids, probs))
-        compiled = jax.jit(lambda x, i, q: run(case, x, params, i, q), out_shardings=where).lower(*args).compile()
-    assert collectives(compiled.as_text() or "") == expected
+def test_bf16() -> None:
+    """Gradients in bf16, summed over devices."""
+    x, params, ids, probs, weight = inputs()
+    case = next(case for case in CASES if case.name == "allgather-pad")
+    chosen = keep(ids, probs, 1.0, "probs", (2, 2))
+    expected = jax.grad(lambda x, w: (weight * dense(x, w, probs, chosen)).sum(), (0, 1))(x, params)
+    half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (x, params))
+    with jax.set_mesh(make_mesh(**case.mesh)):
+        got = jax.jit(jax.grad(lambda x, w: (weight * run(case, x, w, ids, probs)).sum(), (0, 1)))(*half)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g.astype(np.float32), e, rtol=0.1, atol=0.15), got, expected)
+    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(got))
 
 
 def test_without_a_mesh() -> None:
@@ -266,17 +282,7 @@ def test_ragged_lowers_for_a_gpu() -> None:
 def test_mistakes_are_one_line(case: Case, experts: int, message: str) -> None:
     x, params, ids, probs, _ = inputs()
     with jax.set_mesh(make_mesh(**case.mesh)), pytest.raises(ConfigError, match=message) as error:
-        dispatch(
-            x,
-            ids,
-            probs,
-            params,
-            expert_fn,
-            num_experts=experts,
-            dispatcher=case.dispatcher,
-            token_spec=P(("dp", "ep"), case.seq),
-            ep=case.ep,
-        )
+        run(case, x, params, ids, probs, experts)
     assert "\n" not in str(error.value)
 
 
