@@ -102,14 +102,7 @@ def context_parallel_attention(
         shape = (q_BSNK.shape[0], q_BSNK.shape[2], q_BSNK.shape[1], k_BTGK.shape[1])
         kept_BNST = attention_dropout_kept(dropout_key, dropout_rate, shape)
     region = _Region(
-        layout,
-        ring,
-        zigzag,
-        mask.causal,
-        mask.window,
-        **options,
-        dropout_rate=dropout_rate,
-        local_attention=local_attention,
+        layout, ring, zigzag, mask.causal, mask.window, scale, softmax_dtype, dropout_rate, local_attention
     )
     return region(q_BSNK, k_BTGK, v_BTGK, sink_N, mask, kept_BNST)
 
