@@ -133,10 +133,18 @@ def jitted(mesh: Mesh, case: Case, comm: Any, zigzag: bool, *, backward: bool, d
     return jax.jit(attend, out_shardings=places[0]), (q, k, v, sink)
 
 
-@pytest.mark.parametrize(
-    ("variant", "name"),
-    [("ring_of_four", "causal")] + [(v, name) for v in VARIANTS if v != "ring_of_four" for name in CASES],
-)
+# Each combination but those whose blocks another one computes: ulysses_ring has the ring with zigzag on a part of the
+# heads, and without causality there is no zigzag.
+PAIRS = [
+    ("ring_of_four", "causal"),
+    ("ring", "all_with_keep"),
+    *(("ring_contiguous", name) for name in CASES if name != "all_with_keep"),
+    *((variant, name) for variant in ("all_gather", "ulysses") for name in CASES),
+    *(("ulysses_ring", name) for name in CASES if name != "all_with_keep"),
+]
+
+
+@pytest.mark.parametrize(("variant", "name"), PAIRS)
 def test_equals_one_device_with_gradients(variant: str, name: str) -> None:
     sizes, comm, zigzag, _, collectives = VARIANTS[variant]
     mesh, case = make_mesh(**sizes), CASES[name]
@@ -152,7 +160,7 @@ def test_equals_one_device_with_gradients(variant: str, name: str) -> None:
         np.testing.assert_allclose(mine, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("variant", ["ring_of_four", "all_gather", "ulysses_ring"])
+@pytest.mark.parametrize("variant", ["ring_of_four", "all_gather", "ulysses"])
 def test_collectives_of_a_forward_pass(variant: str) -> None:
     sizes, comm, zigzag, collectives, _ = VARIANTS[variant]
     mesh = make_mesh(**sizes)
@@ -164,11 +172,11 @@ def test_collectives_of_a_forward_pass(variant: str) -> None:
 def test_bf16() -> None:
     mesh, case = make_mesh(cp=2, tp=2), Case(1)
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh, case.G)):
-        program, arguments = jitted(mesh, case, "p2p", True, backward=True, dtype=jnp.bfloat16)
+        program, arguments = jitted(mesh, case, "p2p", False, backward=True, dtype=jnp.bfloat16)
         got = program(*arguments)
     for mine, expected in zip(jax.tree.leaves(got), plain(case), strict=True):
         assert mine.dtype == jnp.bfloat16
-        mine = np.asarray(mine.astype(jnp.float32))[:, zigzag_inverse(S, 2)]
+        mine = np.asarray(mine.astype(jnp.float32))
         np.testing.assert_allclose(mine, expected, rtol=0.05, atol=0.05)
 
 
