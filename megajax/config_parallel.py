@@ -9,6 +9,14 @@ from typing import Literal
 
 from megajax.config_checks import require, require_positive
 
+_SPLIT_OPTIONS = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+_PIPELINE_OPTIONS = ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout", *_SPLIT_OPTIONS)
+
 ContextComm = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
 
@@ -26,6 +34,16 @@ class ParallelConfig:
     trades the sequence for heads (Ulysses), a2a+p2p does both, see hierarchical_context_parallel_sizes."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
     """Sizes of the a2a and of the p2p group, for cp_comm_type a2a+p2p."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Chunks of layers on each stage (interleaved pipeline)."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers lie where, as in Megatron: `Et*3|(tt|)*29,m|L`. None divides them evenly."""
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
     expert_model_parallel_size: int = 1
     """Shards of the experts, carved out of data parallelism."""
     zero: Literal[0, 1, 2, 3] = 1
@@ -35,7 +53,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "tensor_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
-        require_positive(self, "num_distributed_optimizer_instances")
+        require_positive(self, "num_distributed_optimizer_instances", "pipeline_model_parallel_size")
+        require_positive(self, "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers")
+        require_positive(self, "decoder_last_pipeline_num_layers")
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel=True has no effect with tensor_model_parallel_size=1; raise it or drop the flag",
@@ -46,6 +66,7 @@ class ParallelConfig:
             " raise zero or drop it",
         )
         self._check_context()
+        self._check_pipeline()
 
     def _check_context(self) -> None:
         sizes = self.hierarchical_context_parallel_sizes
@@ -62,6 +83,16 @@ class ParallelConfig:
                 f" context_parallel_size={self.context_parallel_size}",
             )
 
+    def _check_pipeline(self) -> None:
+        names = [name for name in _PIPELINE_OPTIONS if getattr(self, name) not in (None, False, 1)]
+        if self.pipeline_model_parallel_size == 1 and names:
+            value = getattr(self, names[0])
+            require(False, f"{names[0]}={value!r} has no effect with pipeline_model_parallel_size=1; drop it")
+        layout = self.pipeline_model_parallel_layout
+        others = [name for name in names if name in _SPLIT_OPTIONS]
+        if layout is not None and others:
+            require(False, f"{others[0]}={getattr(self, others[0])} excludes pipeline_model_parallel_layout; drop one")
+
     @property
     def ulysses_size(self) -> int:
         """Shards of the sequence that attention trades for heads."""
@@ -77,4 +108,4 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Devices that share one copy of the data."""
-        return self.tensor_model_parallel_size * self.context_parallel_size
+        return self.pipeline_model_parallel_size * self.tensor_model_parallel_size * self.context_parallel_size

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # jax and flax load only when a model is built, so that the c
 
     from megajax.backends import BackendSpecProvider
     from megajax.ops.cross_entropy import FusedLoss
+    from megajax.parallel.pipeline import Pieces
+    from megajax.transformer.stack import Segment
 
     Batch = Mapping[str, jax.Array]
 
@@ -52,6 +54,9 @@ class Family:
       build_model: config and backend to the linen module.
       loss: the training loss.
       example_inputs: (batch, sequence length) -> arguments of `model.init`.
+      pipeline_pieces: model -> the pieces that a pipeline calls; the parameters of the layers are those with a leading
+        logical axis "layers".
+      layer_segments: model -> how its layers are stacked.
     """
 
     name: str
@@ -61,3 +66,5 @@ class Family:
     build_model: BuildModel
     loss: LossFn
     example_inputs: Callable[[int, int], tuple[Any, ...]]
+    pipeline_pieces: Callable[[nn.Module], Pieces]
+    layer_segments: Callable[[nn.Module], tuple[Segment, ...]]

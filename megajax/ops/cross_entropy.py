@@ -190,7 +190,8 @@ def num_chunks(B: int, S: int, V: int) -> int:
 def _fused(
     x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, computation: LossComputation
 ) -> tuple[Array, Array]:
-    return tuple(computation.losses(x_BSD, kernel_DV, labels_BS, weights_BS))
+    weighted_sum, per_token = computation.losses(x_BSD, kernel_DV, labels_BS, weights_BS)
+    return weighted_sum, per_token
 
 
 def _fused_forward(

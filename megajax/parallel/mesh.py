@@ -11,8 +11,7 @@ from megajax.config import ConfigError, ParallelConfig
 
 AXES = ("pp", "replica", "dp", "ep", "cp", "ulysses", "tp")
 """Outermost first: tensor parallelism, which talks the most, gets the nearest neighbours. All are always there, most
-of them with size 1. Context parallelism is (cp, ulysses): keys and values travel over cp, heads are traded over ulysses.
-"""
+with size 1. Context parallelism is (cp, ulysses): keys and values travel over cp, heads are traded over ulysses."""
 
 DATA_AXES = ("replica", "dp", "ep")
 """What the batch is divided over."""
@@ -29,6 +28,7 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) ->
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
@@ -40,7 +40,7 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) ->
             raise ConfigError(f"{name}={size} does not divide the {_counted(len(devices), left)}; choose a divisor")
         left //= size
     shape = (
-        1,
+        parallel.pipeline_model_parallel_size,
         parallel.num_distributed_optimizer_instances,
         left,
         parallel.expert_model_parallel_size,

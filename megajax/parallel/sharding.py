@@ -44,7 +44,8 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "act_vocab": ("tp",),
         # parameters
         "layers": ("pp",),
-        "vocab": ("tp",),
+        # Every stage of a pipeline does its share of embedding and loss.
+        "vocab": ("pp", "tp") if parallel.pipeline_model_parallel_size > 1 else ("tp",),
         "embed": ZERO_AXES if parallel.zero == 3 else (),
         "heads": ("tp",),
         "kv_heads": kv,
@@ -74,10 +75,10 @@ def merge_tokens(x: Array) -> Array:
     """x [B, S, ...] -> [B S, ...], so that a weight gradient is one plain 2-D product.
 
     With two dims to contract, XLA:CPU writes transposed copies of both operands first, which costs a third of the step.
-    x stays as it is where the mesh divides the sequence: two sharded dims become one only by gathering them.
+    x stays as it is where the mesh divides the sequence, if only between layers: two sharded dims do not become one.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    seq = dict(nn.get_logical_axis_rules()).get("seq") or ()
+    seq = dict(nn.get_logical_axis_rules()).get("residual_seq") or ()
     if x.ndim < 3 or math.prod(mesh.shape.get(axis, 1) for axis in seq) > 1:
         return x
     return x.reshape(-1, *x.shape[2:])
@@ -92,6 +93,11 @@ def spec_of(axes: tuple[str | None, ...], table: Mapping[str, Any], *, where: st
         )
     entries = [() if axis is None else table[axis] for axis in axes]
     return PartitionSpec(*(entry[0] if len(entry) == 1 else (entry or None) for entry in entries))
+
+
+def specs_of_axes(axes: Any, table: Mapping[str, MeshAxes]) -> Any:
+    """The partition spec of every leaf of a tree of logical axes, as `logical_axes` gives it."""
+    return jax.tree.map(lambda names: spec_of(names, table), axes, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def logical_axes(boxed: Any) -> Any:
@@ -148,14 +154,17 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 
 def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
     """Raises ConfigError where the model cannot be divided as `parallel` says."""
-    tp = parallel.tensor_model_parallel_size
-    for name, size in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-        ("the padded vocabulary (see make_vocab_size_divisible_by)", model.padded_vocab_size),
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    by = f"tensor_model_parallel_size={tp}"
+    by_both = by if pp == 1 else f"{by} times pipeline_model_parallel_size={pp}"
+    vocabulary = "the padded vocabulary (see make_vocab_size_divisible_by)"
+    for name, size, shards, divisor in (
+        ("num_attention_heads", model.num_attention_heads, tp, by),
+        ("ffn_hidden_size", model.ffn_hidden_size, tp, by),
+        (vocabulary, model.padded_vocab_size, tp * pp, by_both),
     ):
-        if (size or 0) % tp:
-            raise ConfigError(f"{name}={size} is not divisible by tensor_model_parallel_size={tp}; change one of them")
+        if (size or 0) % shards:
+            raise ConfigError(f"{name}={size} is not divisible by {divisor}; change one of them")
     groups = model.num_query_groups or tp
     if groups % tp and tp % groups:
         raise ConfigError(

@@ -90,6 +90,13 @@ class VocabLayout:
         return jax.lax.psum(gradient, rest) if rest else gradient
 
 
+def rows_here(num: int) -> int:
+    """Rows of a vocabulary's table that the code sees: all of them, or a stage's share inside a pipeline."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    divided = [axis for axis in rules.get("vocab") or () if axis in mesh.manual_axes]
+    return num // math.prod(mesh.shape[axis] for axis in divided)
+
+
 def vocab_parallel_embedding(table_VD: Array, ids_BS: Array) -> Array:
     """`table[ids]`. table [V, D], ids int [B, S] -> [B, S, D] in the table's dtype, laid out as the residual stream."""
     layout = VocabLayout.in_context()

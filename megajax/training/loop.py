@@ -97,11 +97,11 @@ def train(
                 if running is not None:  # a run killed after this save must find the step's row
                     reporter.report(running)
                     running = None
-                _save(store, step, state, loader, config)
+                _save(store, step, state, loader, program)
                 reporter.interrupted()
         if running is not None:
             reporter.report(running)
-    _save(store, step, state, loader, config)
+    _save(store, step, state, loader, program)
     store.wait()
     if reporter.trouble is not None:
         raise TrainingStopped(f"{reporter.trouble}; step {step} is saved in {store.directory}")
@@ -114,8 +114,8 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _save(store: CheckpointStore, step: int, state: TrainState, loader: Loader, config: Config) -> None:
-    store.save(step, state, extras(loader, config))
+def _save(store: CheckpointStore, step: int, state: TrainState, loader: Loader, program: Program) -> None:
+    store.save(step, program.stages.to_stored(state), extras(loader, program.config))
 
 
 def extras(loader: Loader, config: Config) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def run(config: Config, family: Family) -> int:
 
 def describe(program: Program, tokenizer: Tokenizer) -> str:
     """Two lines that say what is about to run, and with what."""
-    params = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
+    stored = program.stages.abstract_stored(program.abstract_state.params)
+    params = sum(leaf.size for leaf in jax.tree.leaves(stored))
     mesh = " ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     model, data = program.config.model, program.config.data
     device = jax.devices()[0]
@@ -149,18 +150,25 @@ def begin(program: Program, run_dir: Path, loader: Loader) -> tuple[TrainState, 
         return program.create_state(), f"new run; checkpoints go to {own}"
     with open_store(program, checkpoint.load, read_only=True) as source:
         if checkpoint.finetune:
-            params = source.restore_params(program.abstract_state.params)
+            params = source.restore_params(program.stages.abstract_stored(program.abstract_state.params))
+            params = program.stages.from_stored(params, program.abstract_state.params)
             return program.create_state().replace(params=params), f"weights from {checkpoint.load}, all else new"
-        state, extras = source.restore(program.abstract_state)
+        state, extras = restore(program, source)
     loader.restore(extras["data"])
     return state, f"continued from {checkpoint.load} at step {int(state.step)}"
 
 
 def resume(program: Program, store: CheckpointStore, loader: Loader) -> tuple[TrainState, str]:
     """This run's newest state, and a line that says so."""
-    state, extras = store.restore(program.abstract_state)
+    state, extras = restore(program, store)
     loader.restore(extras["data"])
     return state, f"resumed from {store.directory} at step {int(state.step)}"
+
+
+def restore(program: Program, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]]:
+    """The newest state in a store as the program wants it, and what was saved beside it."""
+    stored, extras = store.restore(program.stages.abstract_stored(program.abstract_state))
+    return program.stages.from_stored(stored, program.abstract_state), extras
 
 
 def open_writers(config: Config, run_dir: Path, *, resume_step: int | None) -> list[Writer]:
@@ -224,6 +232,7 @@ def prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
 def sample_text(program: Program, params: Any, tokenizer: Tokenizer, prompt: list[int]) -> str:
     """The prompt and its continuation by the model. Every process must call it."""
     train = program.config.train
+    params = program.stages.to_stored(params)
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     tokens = generate(

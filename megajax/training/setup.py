@@ -20,11 +20,20 @@ from megajax.models.family import Family
 from megajax.parallel import sharding
 from megajax.parallel.mesh import data_parallel_size, make_mesh
 from megajax.parallel.sharding import AxisRules
+from megajax.training.batches import prepare_batch
+from megajax.training.gradients import (
+    EvalStep,
+    GradientsFn,
+    PipelineProgram,
+    accumulated_gradients,
+    make_eval_step,
+)
 from megajax.training.microbatches import BatchSchedule, make_batch_schedule
 from megajax.training.optimizer import make_optimizer
 from megajax.training.schedules import Schedule, make_schedule
+from megajax.training.stages import Stages
 from megajax.training.state import TrainState, abstract_params, create_state, state_axes, state_shardings
-from megajax.training.step import Metrics, make_eval_step, make_train_step
+from megajax.training.step import Metrics, make_train_step
 
 
 class Program(NamedTuple):
@@ -37,6 +46,7 @@ class Program(NamedTuple):
     config: Config
     mesh: Mesh
     rules: AxisRules
+    stages: Stages
     model: nn.Module
     batches: BatchSchedule
     train_iters: int
@@ -79,7 +89,8 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
     train_iters, schedule = _length_and_schedule(config, batches)
     model = family.build_model(config.model, LocalSpecProvider())
 
-    boxed = abstract_params(model, family, config)
+    stages = Stages.of(model, family, config)
+    boxed = stages.placed_shapes(abstract_params(model, family, config))
     sharding.partition_specs(boxed, rules.table, mesh)
     if config.parallel.zero:
         sharding.partition_specs(boxed, rules.optimizer_table, mesh)
@@ -87,16 +98,18 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
     optimizer = make_optimizer(config.optimizer, param_axes)
 
     def create() -> TrainState:
-        return create_state(model, family, config, optimizer, seed=config.train.seed)
+        return create_state(model, family, config, optimizer, seed=config.train.seed, place=stages.place)
 
     abstract = jax.eval_shape(create)
     axes = state_axes(abstract, param_axes)
     places = state_shardings(axes, rules, mesh)
-    train_step = make_train_step(model, family, config, optimizer, schedule, data_parallel_size=dp)
+    gradients, eval_step = _gradients_and_evaluation(model, family, config, rules, stages, param_axes, dp)
+    train_step = make_train_step(gradients, config, optimizer, schedule)
     return Program(
         config=config,
         mesh=mesh,
         rules=rules,
+        stages=stages,
         model=model,
         batches=batches,
         train_iters=train_iters,
@@ -111,8 +124,24 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
             out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
             compiler_options=_optimize(mesh, 2),
         ),
-        eval_step=jax.jit(make_eval_step(model, family)),
+        eval_step=jax.jit(eval_step),
     )
+
+
+def _gradients_and_evaluation(
+    model: nn.Module, family: Family, config: Config, rules: AxisRules, stages: Stages, param_axes: Any, dp: int
+) -> tuple[GradientsFn, EvalStep]:
+    if config.parallel.pipeline_model_parallel_size > 1:
+        pieces = family.pipeline_pieces(model)
+        pipeline = PipelineProgram(pieces, stages, config, rules, param_axes, data_parallel_size=dp)
+        return pipeline.gradients, pipeline.evaluate
+
+    def constrain(gradients: Any) -> Any:
+        specs = sharding.specs_of_axes(param_axes, rules.gradient_table)
+        return jax.lax.with_sharding_constraint(gradients, specs) if config.parallel.zero >= 2 else gradients
+
+    gradients = accumulated_gradients(model, family, config, data_parallel_size=dp, constrain=constrain)
+    return gradients, make_eval_step(model, family)
 
 
 def _optimize(mesh: Mesh, level: int) -> dict[str, Any]:
@@ -162,6 +191,7 @@ def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: in
     Row j of the global batch belongs to microbatch j // B, as in Megatron's sampler.
     """
     ours = process_rows(program)
+    batch = prepare_batch(batch, program.config.parallel)
     names: tuple[str | None, ...] = ("batch", "seq")
     if num_microbatches is not None:
         names = (None, *names)

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,12 +49,21 @@ def abstract_params(model: nn.Module, family: Family, config: Config) -> Any:
 
 
 def create_state(
-    model: nn.Module, family: Family, config: Config, optimizer: optax.GradientTransformation, *, seed: int
+    model: nn.Module,
+    family: Family,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    place: Callable[[Any], Any] = lambda params: params,
 ) -> TrainState:
-    """The state before the first step. The same seed gives the same weights on every mesh."""
+    """The state before the first step. The same seed gives the same weights on every mesh.
+
+    `place` moves the rows of the parameters to where pipeline stages want them.
+    """
     params_key, dropout_key = jax.random.split(jax.random.key(seed))
     inputs = family.example_inputs(1, config.data.seq_length)
-    params = nn.unbox(model.init(params_key, *inputs))["params"]
+    params = place(nn.unbox(model.init(params_key, *inputs))["params"])
     return TrainState(
         step=jnp.int32(0),
         samples=jnp.uint32(0),

@@ -4,23 +4,21 @@
 # M microbatches, B batch, S sequence
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from megajax.config import Config
-from megajax.models.family import Family
 from megajax.training import loss_scale as scaling
+from megajax.training.gradients import Batch, GradientsFn
 from megajax.training.optimizer import clip_by_global_norm
 from megajax.training.schedules import Schedule
 from megajax.training.state import TrainState
 
 Array = jax.Array
-Batch = Mapping[str, Array]
 
 GRAD_NORM_MEMORY = 0.95
 """How slowly the mean gradient norm that spikes are measured against forgets."""
@@ -40,47 +38,15 @@ class Metrics(NamedTuple):
     loss_scale: Array
 
 
-def loss_weights(loss_mask_MBS: Array, *, per_token: bool, data_parallel_size: int) -> Array:
-    """What each token's loss is multiplied by; over a step the weights sum to 1.
-
-    per_token weighs all tokens alike. Otherwise as Megatron does by default: each microbatch of each data-parallel
-    shard counts the same, however many tokens of it are masked.
-    """
-    mask = loss_mask_MBS.astype(jnp.float32)
-    if per_token:
-        return mask / jnp.maximum(jnp.sum(mask), 1.0)
-    M, B, S = mask.shape
-    shards = mask.reshape(M, data_parallel_size, B // data_parallel_size, S)
-    tokens = jnp.maximum(jnp.sum(shards, axis=(2, 3), keepdims=True), 1.0)
-    return (shards / tokens / (M * data_parallel_size)).reshape(M, B, S)
-
-
-def document_mask(batch: Batch) -> Array:
-    """The loss mask, with the last token of each packed document left out: its label begins another document."""
-    mask = batch["loss_mask"].astype(jnp.float32)
-    segment_ids = batch.get("segment_ids")
-    if segment_ids is None:
-        return mask
-    same = segment_ids[..., 1:] == segment_ids[..., :-1]
-    return mask * jnp.concatenate([same, jnp.ones_like(same[..., :1])], axis=-1)
-
-
 def make_train_step(
-    model: nn.Module,
-    family: Family,
-    config: Config,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedule: Schedule,
-    *,
-    data_parallel_size: int,
+    gradients: GradientsFn, config: Config, optimizer: optax.GradientTransformationExtraArgs, schedule: Schedule
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)`; every array of the batch is [M, B, ...]."""
-    gradients = _make_gradients(model, family, config, data_parallel_size=data_parallel_size)
     apply_gradients = _make_apply_gradients(config, optimizer, schedule)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        mask = document_mask(batch)
-        grads, loss_sum = gradients(state, batch, mask)
+        mask = batch["loss_mask"].astype(jnp.float32)
+        grads, loss_sum = gradients(state, batch)
         tokens = jnp.sum(mask)
         loss = loss_sum / jnp.maximum(tokens, 1.0)
         state, norm, lr, wd = apply_gradients(state, grads, loss, mask.shape[0] * mask.shape[1])
@@ -97,50 +63,6 @@ def make_train_step(
         return state, metrics
 
     return step
-
-
-def _make_gradients(
-    model: nn.Module, family: Family, config: Config, *, data_parallel_size: int
-) -> Callable[[TrainState, Batch, Array], tuple[Any, Array]]:
-    """`(state, batch, mask) -> (gradients of the scaled loss, sum of the masked token losses)`."""
-    dropout = max(config.model.hidden_dropout, config.model.attention_dropout) > 0
-
-    def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None) -> tuple[Array, Array]:
-        losses = family.loss(model, params, batch, weights, dropout_key=key)
-        return losses.weighted_sum, losses.per_token
-
-    def microbatch_gradients(
-        params: Any, step_key: Array, index: Array | int, batch: Batch, weights: Array, mask: Array
-    ) -> tuple[Any, Array]:
-        key = jax.random.fold_in(step_key, index) if dropout else None
-        grads, per_token = jax.grad(microbatch_loss, has_aux=True)(params, batch, weights, key)
-        return grads, jnp.sum(per_token * mask)
-
-    def gradients(state: TrainState, batch: Batch, mask: Array) -> tuple[Any, Array]:
-        weights = loss_weights(
-            mask, per_token=config.train.calculate_per_token_loss, data_parallel_size=data_parallel_size
-        )
-        if state.loss_scale is not None:
-            # Into the weights, so that the first gradient of all, that of the logits, is already scaled in fp16.
-            weights = weights * state.loss_scale.scale
-        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        inputs = (dict(batch), weights, mask)
-        M = mask.shape[0]
-        if M == 1:  # no accumulator to hold beside the gradients
-            only = jax.tree.map(lambda a: a[0], inputs)
-            return microbatch_gradients(state.params, step_key, 0, *only)
-
-        def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
-            index, microbatch = indexed
-            grads, loss_sum = microbatch_gradients(state.params, step_key, index, *microbatch)
-            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry[0], grads)
-            return (total, carry[1] + loss_sum), None
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))
-        return grads, loss_sum
-
-    return gradients
 
 
 def _make_apply_gradients(
@@ -198,14 +120,3 @@ def _make_apply_gradients(
         return state, norm, lr, wd
 
     return apply_gradients
-
-
-def make_eval_step(model: nn.Module, family: Family) -> Callable[[Any, Batch], tuple[Array, Array]]:
-    """`(params, batch) -> (sum of token losses, number of tokens)`; every array of the batch is [B, ...]."""
-
-    def step(params: Any, batch: Batch) -> tuple[Array, Array]:
-        mask = document_mask(batch)
-        losses = family.loss(model, params, batch, mask, dropout_key=None)
-        return losses.weighted_sum, jnp.sum(mask)
-
-    return step

@@ -38,11 +38,11 @@ class LayerInputs(NamedTuple):
 class StackRows(NamedTuple):
     """The rows of a stack that one pipeline stage holds: what its parameters' leading dim means.
 
-    index: int [n], the layer of each row. valid: bool [n]; False is padding, which passes its input on.
+    index: int [n], the layer of each row. valid: bool [n]; False is padding, which passes its input on; None: none is.
     """
 
     index: Array
-    valid: Array
+    valid: Array | None
 
 
 class TransformerBlock(nn.Module):

@@ -15,10 +15,11 @@ from megajax.config import Config, OptimizerConfig, TrainConfig, TransformerConf
 from megajax.models.family import Family
 from megajax.models.registry import FAMILIES
 from megajax.ops.cross_entropy import FusedLoss
+from megajax.training.gradients import accumulated_gradients, loss_weights, make_eval_step
 from megajax.training.optimizer import make_optimizer
 from megajax.training.schedules import make_schedule
 from megajax.training.state import TrainState
-from megajax.training.step import document_mask, loss_weights, make_eval_step, make_train_step
+from megajax.training.step import make_train_step
 
 VOCAB, LR = 5, 0.5
 SGD = OptimizerConfig(optimizer="sgd", sgd_momentum=0.0, lr=LR, lr_decay_style="constant", weight_decay=0, clip_grad=0)
@@ -74,8 +75,8 @@ def _state_and_step(config: Config, *, dp: int = 1) -> tuple[TrainState, Any]:
         opt_state=optimizer.init(params),
         loss_scale=None,
     )
-    step = make_train_step(None, TABLE_FAMILY, config, optimizer, schedule, data_parallel_size=dp)  # type: ignore[arg-type]
-    return state, jax.jit(step)
+    gradients = accumulated_gradients(None, TABLE_FAMILY, config, data_parallel_size=dp)  # type: ignore[arg-type]
+    return state, jax.jit(make_train_step(gradients, config, optimizer, schedule))
 
 
 def _batch(microbatches: int = 1, *, gain: float = 1.0) -> dict[str, np.ndarray]:
@@ -118,15 +119,6 @@ def test_weights_sum_to_one_unless_a_shard_is_all_masked():
     # row 2 alone in its shard: Megatron divides its zero by one and still counts the shard
     assert np.sum(loss_weights(mask, per_token=False, data_parallel_size=4)) == pytest.approx(7 / 8)
     assert np.sum(loss_weights(mask * 0, per_token=True, data_parallel_size=1)) == 0
-
-
-def test_document_mask_leaves_out_the_last_token_of_each_document():
-    mask = jnp.asarray([[1, 1, 1, 1, 0, 1]], jnp.float32)
-    segments = jnp.asarray([[1, 1, 2, 2, 2, 3]])
-    np.testing.assert_array_equal(
-        document_mask({"loss_mask": mask, "segment_ids": segments}), np.array([[1, 0, 1, 1, 0, 1]])
-    )
-    np.testing.assert_array_equal(document_mask({"loss_mask": mask}), mask)
 
 
 def test_clipping():

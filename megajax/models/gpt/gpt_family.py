@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from megajax.backends import BackendSpecProvider
     from megajax.models.family import Batch
     from megajax.ops.cross_entropy import FusedLoss
+    from megajax.parallel.pipeline import Pieces
+    from megajax.transformer.stack import Segment
 
 DEFAULT = Config(
     model_family="gpt",
@@ -74,6 +76,37 @@ def loss(
     )
 
 
+def pipeline_pieces(model: nn.Module) -> Pieces:
+    """Embedding, layers and loss; see `megajax.models.family.Family.pipeline_pieces`."""
+    from megajax.parallel.pipeline import Pieces
+
+    def rngs(key: jax.Array | None) -> dict[str, Any]:
+        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
+
+    def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
+        arguments = (batch["tokens"], batch["position_ids"])
+        return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
+
+    def stage(params: Any, rows: Any, x: jax.Array, batch: Batch, key: jax.Array | None) -> Any:
+        arguments = (batch["position_ids"], batch.get("segment_ids"))
+        inputs = model.apply({}, *arguments, method="layer_inputs")
+        return model.apply({"params": params}, x, inputs, rows, method="run_layers", **rngs(key))
+
+    def loss(shared: Any, x: jax.Array, batch: Batch, weights: jax.Array) -> Any:
+        return model.apply({"params": shared}, x, batch["labels"], weights, method="loss_sum_of_stream")
+
+    return Pieces(embed, stage, loss)
+
+
+def layer_segments(model: nn.Module) -> tuple[Segment, ...]:
+    """How the layers are stacked."""
+    from megajax.models.gpt.gpt_model import GPTModel
+    from megajax.transformer.block import stack_layout
+
+    assert isinstance(model, GPTModel)
+    return stack_layout(model.resolved_config, model.layer_specs)
+
+
 def example_inputs(batch: int, seq_length: int) -> tuple[Any, ...]:
     """Tokens to initialise with."""
     import jax.numpy as jnp
@@ -89,4 +122,6 @@ GPT = Family(
     build_model=build_model,
     loss=loss,
     example_inputs=example_inputs,
+    pipeline_pieces=pipeline_pieces,
+    layer_segments=layer_segments,
 )

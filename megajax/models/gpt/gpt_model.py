@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, T longest cached sequence, D hidden, V vocabulary
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from megajax.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megajax.ops.attention import AttentionMask
 from megajax.ops.cross_entropy import FusedLoss
 from megajax.spec import Builder
-from megajax.transformer.block import LayerInputs, TransformerBlock
+from megajax.transformer.block import LayerInputs, StackRows, TransformerBlock
 
 Array = jax.Array
 
@@ -137,12 +138,22 @@ class GPTModel(nn.Module):
         deterministic: bool = True,
     ) -> Array:
         """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
-        offset = 0 if cache_position is None else cache_position
         if position_ids is None:
-            position_ids = jnp.arange(tokens.shape[1])[None, :] + offset
+            position_ids = jnp.arange(tokens.shape[1])[None, :] + (cache_position or 0)
             if segment_ids is not None:
                 position_ids = packed_positions(segment_ids)
         x_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
+        inputs = self.layer_inputs(position_ids, segment_ids, attention_mask, cache_position)
+        return self.decoder(x_BSD, inputs, decode=cache_position is not None, deterministic=deterministic)
+
+    def layer_inputs(
+        self,
+        position_ids: Array,
+        segment_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        cache_position: Array | int | None = None,
+    ) -> LayerInputs:
+        """What every layer needs beside the residual stream. Arguments as for `__call__`."""
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None, :]
         mask = AttentionMask(
@@ -150,11 +161,26 @@ class GPTModel(nn.Module):
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             keep=None if attention_mask is None else attention_mask.astype(bool),
-            offset=offset,
+            offset=0 if cache_position is None else cache_position,
         )
-        rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids)
-        decode = cache_position is not None
-        return self.decoder(x_BSD, LayerInputs(mask, rotary), decode=decode, deterministic=deterministic)
+        return LayerInputs(mask, None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids))
+
+    # A pipeline calls the model in three pieces, each with its own part of the parameters.
+
+    def embed(self, tokens: Array, position_ids: Array, *, deterministic: bool) -> Array:
+        """The residual stream before the first layer, [B, S, D]."""
+        return self.embedding(tokens, position_ids, deterministic=deterministic)
+
+    def run_layers(
+        self, x_BSD: Array, inputs: LayerInputs, rows: Mapping[str, StackRows], *, deterministic: bool
+    ) -> Array:
+        """x [B, S, D] through the layers that the parameters hold, which `rows` names."""
+        return self.decoder(x_BSD, inputs, deterministic=deterministic, rows=rows, final_norm=False)
+
+    def loss_sum_of_stream(self, x_BSD: Array, labels: Array, weights: Array) -> FusedLoss:
+        """`loss_sum` from the residual stream after the last layer, [B, S, D]."""
+        hidden_BSD = self.decoder(x_BSD, LayerInputs(AttentionMask()), rows={})
+        return language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, self.resolved_config)
 
     def output_weight(self) -> Array:
         """The matrix from hidden states to logits, [D, padded vocabulary]."""

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from megajax.config import ConfigError, TransformerConfig
 from megajax.parallel.sharding import constrain
-from megajax.parallel.vocab import vocab_parallel_embedding
+from megajax.parallel.vocab import rows_here, vocab_parallel_embedding
 from megajax.transformer.linear import normal_init
 
 Array = jax.Array
@@ -25,7 +25,8 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         init = normal_init(self.std, (self.axis, "embed"))
-        self.embedding = self.param("embedding", init, (self.num, self.features), jnp.dtype(self.params_dtype))
+        num = rows_here(self.num) if self.axis == "vocab" else self.num
+        self.embedding = self.param("embedding", init, (num, self.features), jnp.dtype(self.params_dtype))
 
     def __call__(self, ids: Array) -> Array:
         """ids int [...] -> [..., D]."""

@@ -14,7 +14,7 @@ from megajax.ops.cross_entropy import (
     fused_linear_cross_entropy,
 )
 from megajax.parallel.sharding import constrain, merge_tokens
-from megajax.parallel.vocab import loss_computation
+from megajax.parallel.vocab import loss_computation, rows_here
 from megajax.transformer.linear import init_std, normal_init
 
 Array = jax.Array
@@ -28,7 +28,7 @@ class OutputLayer(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         init = normal_init(init_std(cfg), ("embed", "vocab"))
-        shape = (cfg.hidden_size, cfg.padded_vocab_size)
+        shape = (cfg.hidden_size, rows_here(cfg.padded_vocab_size))
         self.kernel = self.param("kernel", init, shape, jnp.dtype(cfg.params_dtype))
 
     def __call__(self) -> Array:

@@ -1,0 +1,35 @@
+"""What happens to a batch on the host, between the loader and the devices."""
+
+# SPDX-License-Identifier: Apache-2.0
+# S sequence
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from megajax.config import ParallelConfig
+from megajax.parallel.context import zigzag_indices
+
+
+def document_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The loss mask, fp32, with the last token of each packed document left out: its label begins another document."""
+    mask = np.asarray(batch["loss_mask"], np.float32)
+    segment_ids = batch.get("segment_ids")
+    if segment_ids is None:
+        return mask
+    same = segment_ids[..., 1:] == segment_ids[..., :-1]
+    return mask * np.concatenate([same, np.ones_like(same[..., :1])], axis=-1)
+
+
+def is_zigzag(parallel: ParallelConfig) -> bool:
+    """Whether tokens lie in the order that balances ring attention."""
+    return parallel.ring_size > 1 and parallel.cp_comm_type in ("p2p", "a2a+p2p")
+
+
+def prepare_batch(batch: Mapping[str, np.ndarray], parallel: ParallelConfig) -> dict[str, np.ndarray]:
+    """The arrays [..., S] as the model gets them: documents masked, tokens in the order that the mesh wants."""
+    prepared = {**batch, "loss_mask": document_mask(batch)}
+    if not is_zigzag(parallel):
+        return prepared
+    return {name: array[..., zigzag_indices(array.shape[-1], parallel.ring_size)] for name, array in prepared.items()}

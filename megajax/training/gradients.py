@@ -1,0 +1,180 @@
+"""Gradients of a step's loss over its microbatches: accumulated one after the other, or in a pipeline."""
+
+# SPDX-License-Identifier: Apache-2.0
+# M microbatches, B batch, S sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from megajax.config import Config
+from megajax.models.family import Family
+from megajax.parallel import sharding
+from megajax.parallel.pipeline import PP, Lockstep, Params, Pieces, Work, pipeline_gradients, pipeline_loss
+from megajax.parallel.sharding import AxisRules
+from megajax.training.stages import Stages, merge_params, split_params
+from megajax.training.state import TrainState
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+GradientsFn = Callable[[TrainState, Batch], tuple[Any, Array]]
+"""`(state, batch) -> (gradients of the scaled loss, sum of the masked token losses)`; arrays [M, B, ...]."""
+EvalStep = Callable[[Any, Batch], tuple[Array, Array]]
+"""`(params, batch) -> (sum of token losses, number of tokens)`; arrays [B, ...]."""
+
+
+def loss_weights(loss_mask_MBS: Array, *, per_token: bool, data_parallel_size: int) -> Array:
+    """What each token's loss is multiplied by; over a step the weights sum to 1.
+
+    per_token weighs all tokens alike. Otherwise as Megatron does by default: each microbatch of each data-parallel
+    shard counts the same, however many tokens of it are masked.
+    """
+    mask = loss_mask_MBS.astype(jnp.float32)
+    if per_token:
+        return mask / jnp.maximum(jnp.sum(mask), 1.0)
+    M, B, S = mask.shape
+    shards = mask.reshape(M, data_parallel_size, B // data_parallel_size, S)
+    tokens = jnp.maximum(jnp.sum(shards, axis=(2, 3), keepdims=True), 1.0)
+    return (shards / tokens / (M * data_parallel_size)).reshape(M, B, S)
+
+
+def _scaled_weights(state: TrainState, mask: Array, config: Config, data_parallel_size: int) -> Array:
+    weights = loss_weights(mask, per_token=config.train.calculate_per_token_loss, data_parallel_size=data_parallel_size)
+    # The loss scale goes here, so that the first gradient of all, that of the logits, is already scaled in fp16.
+    return weights if state.loss_scale is None else weights * state.loss_scale.scale
+
+
+def _dropout_key(state: TrainState, config: Config) -> Array | None:
+    """The step's key, which each microbatch's index is folded into."""
+    if max(config.model.hidden_dropout, config.model.attention_dropout) == 0:
+        return None
+    return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+
+def accumulated_gradients(
+    model: nn.Module,
+    family: Family,
+    config: Config,
+    *,
+    data_parallel_size: int,
+    constrain: Callable[[Any], Any] = lambda gradients: gradients,
+) -> GradientsFn:
+    """One microbatch after the other. `constrain` lays out the gradients (ZeRO-2 divides them)."""
+
+    def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None) -> tuple[Array, Array]:
+        losses = family.loss(model, params, batch, weights, dropout_key=key)
+        return losses.weighted_sum, losses.per_token
+
+    def microbatch_gradients(
+        params: Any, step_key: Array | None, index: Array | int, batch: Batch, weights: Array
+    ) -> tuple[Any, Array]:
+        key = None if step_key is None else jax.random.fold_in(step_key, index)
+        grads, per_token = jax.grad(microbatch_loss, has_aux=True)(params, batch, weights, key)
+        return constrain(grads), jnp.sum(per_token * batch["loss_mask"])
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Any, Array]:
+        weights = _scaled_weights(state, batch["loss_mask"], config, data_parallel_size)
+        step_key = _dropout_key(state, config)
+        inputs = (dict(batch), weights)
+        M = weights.shape[0]
+        if M == 1:  # no accumulator to hold beside the gradients
+            return microbatch_gradients(state.params, step_key, 0, *jax.tree.map(lambda a: a[0], inputs))
+
+        def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
+            index, microbatch = indexed
+            grads, loss_sum = microbatch_gradients(state.params, step_key, index, *microbatch)
+            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry[0], grads)
+            return (constrain(total), carry[1] + loss_sum), None
+
+        zeros = constrain(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
+        (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))
+        return grads, loss_sum
+
+    return gradients
+
+
+class PipelineProgram:
+    """Gradients and evaluation of a model whose layers lie on pipeline stages."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        stages: Stages,
+        config: Config,
+        rules: AxisRules,
+        param_axes: Any,
+        *,
+        data_parallel_size: int,
+    ) -> None:
+        self._pieces, self._stages, self._config = pieces, stages, config
+        self._axes, self._data_parallel_size = param_axes, data_parallel_size
+        self._specs = self._specs_of(rules.table)
+        self._gradient_specs = self._specs_of(rules.gradient_table)
+
+    def _specs_of(self, table: Mapping[str, tuple[str, ...]]) -> Params:
+        axes = split_params(self._axes, self._axes)
+        return Params(*(sharding.specs_of_axes(part, table) for part in axes))
+
+    def _schedule(self, microbatches: int) -> Lockstep:
+        parallel = self._config.parallel
+        return Lockstep(
+            parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank, microbatches
+        )
+
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Array]:
+        """See `GradientsFn`."""
+        weights = _scaled_weights(state, batch["loss_mask"], self._config, self._data_parallel_size)
+        work = Work(dict(batch), weights, batch["loss_mask"], _dropout_key(state, self._config))
+        grads, loss_sum = pipeline_gradients(
+            self._pieces,
+            self._schedule(weights.shape[0]),
+            split_params(state.params, self._axes),
+            self._stages.rows(),
+            work,
+            specs=self._specs,
+            constrain=self._constrain,
+        )
+        return merge_params(grads), loss_sum
+
+    def evaluate(self, params: Any, batch: Batch) -> tuple[Array, Array]:
+        """See `EvalStep`."""
+        batch = jax.tree.map(lambda a: a[None], dict(batch))
+        mask = batch["loss_mask"]
+        loss_sum = pipeline_loss(
+            self._pieces,
+            self._schedule(1),
+            split_params(params, self._axes),
+            self._stages.rows(),
+            Work(batch, mask, mask, None),
+            specs=self._specs,
+        )
+        return loss_sum, jnp.sum(mask)
+
+    def _constrain(self, gradients: Params) -> Params:
+        """Inside the region over stages, where accumulated leaves are [chunks, rows, ...] and pp is no longer said."""
+
+        def without_pp(entry: Any) -> Any:
+            entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            return tuple(axis for axis in entry if axis != PP) or None
+
+        def of_leaf(gradient: Array, spec: PartitionSpec) -> Array:
+            inner = [without_pp(entry) for entry in spec]
+            inner = [None] * (gradient.ndim - len(inner)) + inner
+            return jax.lax.with_sharding_constraint(gradient, PartitionSpec(*inner))
+
+        return jax.tree.map(of_leaf, gradients, self._gradient_specs)
+
+
+def make_eval_step(model: nn.Module, family: Family) -> EvalStep:
+    """Without a pipeline."""
+
+    def step(params: Any, batch: Batch) -> tuple[Array, Array]:
+        losses = family.loss(model, params, batch, batch["loss_mask"], dropout_key=None)
+        return losses.weighted_sum, jnp.sum(batch["loss_mask"])
+
+    return step
