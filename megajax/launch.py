@@ -78,7 +78,7 @@ def launch(command: Sequence[str], count: int, devices: int) -> int:
         port = probe.getsockname()[1]
     with ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[subprocess.Popen[Any]] = []
         # No signal of the terminal reaches them but through us, so that none comes twice.
         received: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -95,9 +95,8 @@ def launch(command: Sequence[str], count: int, devices: int) -> int:
             _end(processes)
         if failed is None:
             return 0
-        if failed > 0:
-            _show(failed, logs[failed - 1], processes[failed].returncode)
         code = processes[failed].returncode
+        _show(failed, logs[failed - 1] if failed else None, code)
         return 128 - code if code < 0 else code
 
 
@@ -135,11 +134,13 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _show(index: int, log: IO[bytes], code: int) -> None:
-    log.seek(0)
-    lines = log.read().decode(errors="replace").splitlines()[-_LINES_SHOWN:]
+def _show(index: int, log: IO[bytes] | None, code: int) -> None:
+    if log is not None:
+        log.seek(0)
+        for line in log.read().decode(errors="replace").splitlines()[-_LINES_SHOWN:]:
+            print(f"[{index}] {line}", file=sys.stderr)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print(*(f"[{index}] {line}" for line in lines), f"process {index} {how}", sep="\n", file=sys.stderr)
+    print(f"process {index} {how}", file=sys.stderr)
 
 
 if __name__ == "__main__":

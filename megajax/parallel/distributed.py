@@ -65,15 +65,15 @@ def processes(config: DistributedConfig) -> Iterator[None]:
 
 def _fail(lifeline: Lifeline, error: BaseException) -> NoReturn:
     """Ends this process without waiting for the others, as JAX would."""
-    ours = isinstance(error, ConfigError | KeyboardInterrupt)
+    ours = isinstance(error, ConfigError | KeyboardInterrupt | BrokenPipeError)
     lifeline.wait_for_verdict(0.2 if ours else _VERDICT_SECONDS)
 
     def again() -> NoReturn:
         raise error
 
-    try:
+    if ours:
         code = cli.exit_code(again)
-    except BaseException:
+    else:
         traceback.print_exception(error)
         code = 1
     lifeline.fail(" ".join(f"{type(error).__name__}: {error}".split())[:300])
