@@ -8,8 +8,9 @@ import jax
 from flax import linen as nn
 
 from megajax.config import ConfigError, TransformerConfig
+from megajax.config_parallel import ContextComm
 from megajax.ops.attention import AttentionMask
-from megajax.spec import Builder
+from megajax.spec import Builder, ModuleSpec
 from megajax.transformer.attention import DotProductAttention, softmax_scale
 from megajax.transformer.linear import ColumnParallelLinear, RowParallelLinear
 from megajax.transformer.norms import L2Norm, LayerNorm, RMSNorm
@@ -43,7 +44,15 @@ class BackendSpecProvider(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LocalSpecProvider:
-    """Plain JAX on any device: what every other backend is tested against."""
+    """Plain JAX on any device: what every other backend is tested against.
+
+    Attributes:
+      cp_comm_type: how attention sees a sequence that the mesh divides; without such a mesh it is whole.
+      zigzag: the tokens lie in the order of `megajax.parallel.context.zigzag_indices`.
+    """
+
+    cp_comm_type: ContextComm = "p2p"
+    zigzag: bool = False
 
     def column_parallel_linear(self) -> Builder:
         """Linear whose output dim is sharded."""
@@ -65,7 +74,9 @@ class LocalSpecProvider:
 
     def core_attention(self) -> Builder:
         """Attention by matrix products and a softmax."""
-        return DotProductAttention
+        if (self.cp_comm_type, self.zigzag) == ("p2p", False):
+            return DotProductAttention
+        return ModuleSpec(DotProductAttention, params={"cp_comm_type": self.cp_comm_type, "zigzag": self.zigzag})
 
 
 class CudnnAttention(nn.Module):

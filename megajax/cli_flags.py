@@ -101,6 +101,9 @@ CONTROL: Mapping[str, str] = MappingProxyType(
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "--tp": "tensor_model_parallel_size",
+        "--pp": "pipeline_model_parallel_size",
+        "--vpp": "num_virtual_stages_per_pipeline_rank",
+        "--cp": "context_parallel_size",
         "--norm-epsilon": "layernorm_epsilon",
         "--max-position-embeddings": "max_sequence_length",
         "--rotary-seq-len-interpolation-factor": "seq_len_interpolation_factor",
@@ -172,10 +175,7 @@ class Refused:
 
 REFUSED: tuple[Refused, ...] = (
     Refused(
-        (
-            *("--pipeline-model-parallel-size", "--pp", "--context-parallel-size", "--cp"),
-            *("--expert-model-parallel-size", "--ep", "--expert-tensor-parallel-size", "--etp"),
-        ),
+        (*("--expert-model-parallel-size", "--ep", "--expert-tensor-parallel-size", "--etp"),),
         "not supported yet; leave it at 1",
         accepted=("1",),
     ),
@@ -184,7 +184,7 @@ REFUSED: tuple[Refused, ...] = (
         (
             *("--moe-*", "--expert-*", "--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim"),
             *("--qk-pos-emb-head-dim", "--v-head-dim", "--mtp-*", "--fp8-*", "--fp4-*", "--hybrid-*", "--mamba-*"),
-            *("--*pipeline*", "--cp-comm-type", "--microbatch-group-size-per-vp-stage"),
+            *("--*pipeline*", "--microbatch-group-size-per-vp-stage"),
         ),
         "not supported yet; drop it",
     ),
@@ -229,6 +229,10 @@ def _warms_up(c: Config) -> bool:
 
 
 NO_EFFECT: tuple[NoEffect, ...] = (
+    NoEffect(("expert_model_parallel_size",), lambda c: False, "the model has no experts; drop it"),
+    NoEffect(
+        ("cp_comm_type",), lambda c: c.parallel.context_parallel_size > 1, "it needs --context-parallel-size above 1"
+    ),
     NoEffect(
         ("rotary_base", "rotary_percent", "no_rope_freq"), _rotary, "it needs --position-embedding-type rope or yarn"
     ),

@@ -100,7 +100,7 @@ def launch(command: Sequence[str], count: int, devices: int) -> int:
         return 128 - code if code < 0 else code
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int | None:
+def _wait(processes: Sequence[subprocess.Popen[Any]], received: list[int]) -> int | None:
     """Until all have ended, or for a while after the first has failed: which that was."""
     failed, deadline = None, float("inf")
     while time.monotonic() < deadline:
@@ -117,13 +117,13 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], received: list[int]) -> 
     return failed
 
 
-def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def _send(processes: Sequence[subprocess.Popen[Any]], number: int) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(number)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[subprocess.Popen[Any]]) -> None:
     _send(processes, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:

@@ -101,7 +101,7 @@ class LinearCrossEntropy:
             loss_BC, _ = self._token_losses(_logits(x_BCD, kernel), labels_BC)
             return total + jnp.sum(loss_BC * weights_BC), loss_BC
 
-        chunks = num_chunks(*x_BSD.shape[:2], kernel.shape[1])
+        chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], kernel.shape[1])
         total, per_token = jax.lax.scan(one, jnp.float32(0), _split((x_BSD, labels_BS, weights_BS), chunks))
         return FusedLoss(total, _join(per_token))
 
@@ -119,7 +119,7 @@ class LinearCrossEntropy:
             d_x = jnp.dot(d_logits, kernel.T).reshape(x_BCD.shape)
             return (total + jnp.sum(loss_BC * weights_BC), d_kernel), (loss_BC, d_x)
 
-        chunks = num_chunks(*x_BSD.shape[:2], V)
+        chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], V)
         start = (jnp.float32(0), jnp.zeros((D, V), jnp.float32))
         (total, d_kernel), (per_token, d_x) = jax.lax.scan(one, start, _split((x_BSD, labels_BS, weights_BS), chunks))
         return LossGradients(total, _join(per_token), _join(d_x), d_kernel)
@@ -176,8 +176,8 @@ def fused_linear_cross_entropy(
     That is why this function takes the weights and returns their sum. In fp16 the loss scale belongs into the weights:
     the gradient of a logit is rounded to x's dtype before the backward pass.
     """
-    total, per_token = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), computation)
-    return FusedLoss(total, jax.lax.stop_gradient(per_token))
+    losses: Any = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), computation)
+    return FusedLoss(losses[0], jax.lax.stop_gradient(losses[1]))
 
 
 def num_chunks(B: int, S: int, V: int) -> int:

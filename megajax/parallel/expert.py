@@ -132,7 +132,7 @@ def dispatch(
         x, params = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), (x, params))
     inner = functools.partial(_local, expert_fn=expert_fn, num_experts=num_experts, dispatcher=dispatcher, axes=axes)
     tokens = PartitionSpec(*token_spec, *(None,) * (x.ndim - len(token_spec)))
-    sharded = jax.shard_map(
+    sharded: Any = jax.shard_map(
         inner, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, axis_names=manual, check_vma=False
     )
     return sharded(x, expert_ids, probs, params).astype(dtype)

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from megajax.ops.cross_entropy import FusedLoss
+from megajax.parallel.sharding import constrain
 
 Array = jax.Array
 Tree = Any
@@ -290,11 +291,11 @@ class _Engine:
 
         def enter() -> Array:
             work = self.work.at(entering.microbatch)
-            return self.pieces.embed(self.shared, work.batch, work.key)
+            return _as_stream(self.pieces.embed(self.shared, work.batch, work.key))
 
         # The same on every stage, so that they may meet inside the branch.
         embeds = entering.valid & (entering.chunk == 0)
-        new = jax.lax.cond(embeds, enter, lambda: jnp.zeros(carry.x.shape, carry.x.dtype))
+        new = jax.lax.cond(embeds, enter, lambda: _as_stream(jnp.zeros_like(carry.x)))
         x = jnp.where((self.stage == 0) & (item.chunk == 0), new, carry.x)
         params, rows = self._chunk(item.chunk)
         work = self.work.at(item.microbatch)
@@ -345,10 +346,11 @@ class _Engine:
 
             _, pullback, masked_sum = jax.vjp(loss, self.shared, y, has_aux=True)
             d_shared, dy = pullback(jnp.float32(1))
-            return _added(carry.gradients.shared, d_shared), carry.total + masked_sum, dy
+            shared = self._constrained(_added(carry.gradients.shared, d_shared))
+            return shared, carry.total + masked_sum, _as_stream(dy)
 
         def wait() -> tuple[Tree, Array, Array]:
-            return carry.gradients.shared, carry.total, jnp.zeros_like(carry.y)
+            return self._constrained(carry.gradients.shared), carry.total, _as_stream(jnp.zeros_like(carry.y))
 
         shared, total, dy = jax.lax.cond(leaving.valid, finish, wait)
         return carry._replace(gradients=carry.gradients._replace(shared=shared), total=total), dy
@@ -360,11 +362,15 @@ class _Engine:
 
         def embed_backward() -> Tree:
             _, pullback = jax.vjp(lambda shared: self.pieces.embed(shared, work.batch, work.key), self.shared)
-            return _added(carry.gradients.shared, pullback(broadcast_from(dx, 0))[0])
+            return self._constrained(_added(carry.gradients.shared, pullback(broadcast_from(dx, 0))[0]))
 
         due = entered.valid & (entered.chunk == 0)
-        shared = jax.lax.cond(due, embed_backward, lambda: carry.gradients.shared)
+        shared = jax.lax.cond(due, embed_backward, lambda: self._constrained(carry.gradients.shared))
         return carry._replace(gradients=carry.gradients._replace(shared=shared))
+
+    def _constrained(self, shared: Tree) -> Tree:
+        # Both branches of a conditional must lay out what they return alike.
+        return self.constrain(Params({}, shared)).shared
 
     def _send_forward(self, carry: _Carry) -> _Carry:
         return carry._replace(x=self._shift(carry.y, 1))
@@ -372,6 +378,10 @@ class _Engine:
     def _shift(self, x: Array, by: int) -> Array:
         stages = self.schedule.stages
         return jax.lax.ppermute(x, PP, [(stage, (stage + by) % stages) for stage in range(stages)])
+
+
+def _as_stream(x: Array) -> Array:
+    return constrain(x, "batch", "residual_seq", "act_embed")
 
 
 def _added(totals: Tree, gradients: Tree) -> Tree:

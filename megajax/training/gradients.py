@@ -167,7 +167,9 @@ class PipelineProgram:
             inner = [None] * (gradient.ndim - len(inner)) + inner
             return jax.lax.with_sharding_constraint(gradient, PartitionSpec(*inner))
 
-        return jax.tree.map(of_leaf, gradients, self._gradient_specs)
+        specs = self._gradient_specs
+        staged = jax.tree.map(of_leaf, gradients.staged, specs.staged) if gradients.staged else gradients.staged
+        return Params(staged, jax.tree.map(of_leaf, gradients.shared, specs.shared))
 
 
 def make_eval_step(model: nn.Module, family: Family) -> EvalStep:

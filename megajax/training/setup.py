@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from megajax.models.family import Family
 from megajax.parallel import sharding
 from megajax.parallel.mesh import data_parallel_size, make_mesh
 from megajax.parallel.sharding import AxisRules
-from megajax.training.batches import prepare_batch
+from megajax.training.batches import is_zigzag, prepare_batch
 from megajax.training.gradients import (
     EvalStep,
     GradientsFn,
@@ -75,9 +76,22 @@ def fit_config(config: Config, tokenizer: Tokenizer) -> Config:
     start, end = config.train.profile_step_start, config.train.profile_step_end
     if end is not None and (start is None or end <= start):
         raise ConfigError(f"profile_step_end={end} must come after profile_step_start={start}; change one of them")
+    _check_sequence(config)
     model = config.model.replace(vocab_size=given or tokenizer.vocab_size, max_sequence_length=longest)
     sharding.validate_model(model, config.parallel)
     return dataclasses.replace(config, model=model)
+
+
+def _check_sequence(config: Config) -> None:
+    parallel, length = config.parallel, config.data.seq_length
+    shards = parallel.context_parallel_size * (2 if is_zigzag(parallel) else 1)
+    if parallel.sequence_parallel:
+        shards = math.lcm(shards, parallel.context_parallel_size * parallel.tensor_model_parallel_size)
+    if length % shards:
+        raise ConfigError(
+            f"seq_length={length} is not divisible by {shards}, as context_parallel_size="
+            f"{parallel.context_parallel_size} and sequence_parallel={parallel.sequence_parallel} need it; change one"
+        )
 
 
 def build_program(config: Config, family: Family, *, devices: list[Any] | None = None) -> Program:
@@ -87,7 +101,8 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
     dp = data_parallel_size(mesh)
     batches = make_batch_schedule(config.train, data_parallel_size=dp)
     train_iters, schedule = _length_and_schedule(config, batches)
-    model = family.build_model(config.model, LocalSpecProvider())
+    ring = LocalSpecProvider(cp_comm_type=config.parallel.cp_comm_type, zigzag=is_zigzag(config.parallel))
+    model = family.build_model(config.model, ring)
 
     stages = Stages.of(model, family, config)
     boxed = stages.placed_shapes(abstract_params(model, family, config))
@@ -185,6 +200,15 @@ def process_rows(program: Program) -> ProcessRows | None:
     return ProcessRows(tuple(sorted({row for part in parts for row in range(size)[part[0]]})), size)  # pyright: ignore
 
 
+def _global_array(array: Any, ours: ProcessRows, place: NamedSharding) -> jax.Array:
+    def part(index: Any) -> Any:
+        rows = range(ours.of)[index[-2]]  # neighbours, so they are neighbours among ours, too
+        at = ours.rows.index(rows.start)
+        return array[(*index[:-2], slice(at, at + len(rows)), index[-1])]
+
+    return jax.make_array_from_callback((*array.shape[:-2], ours.of, array.shape[-1]), place, part)
+
+
 def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: int | None) -> dict[str, jax.Array]:
     """This process's rows [n, S] of each array to global arrays [M, B, S], or [B, S] without microbatches.
 
@@ -200,15 +224,6 @@ def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: in
     def put(array: Any) -> jax.Array:
         if num_microbatches is not None:
             array = array.reshape(num_microbatches, -1, *array.shape[1:])
-        if ours is None:
-            return jax.device_put(array, place)
-        shape = (*array.shape[:-2], ours.of, array.shape[-1])
-
-        def part(index: tuple[slice, ...]) -> Any:
-            rows = range(ours.of)[index[-2]]  # neighbours, so they are neighbours among ours, too
-            at = ours.rows.index(rows.start)
-            return array[(*index[:-2], slice(at, at + len(rows)), index[-1])]
-
-        return jax.make_array_from_callback(shape, place, part)
+        return jax.device_put(array, place) if ours is None else _global_array(array, ours, place)
 
     return {name: put(array) for name, array in batch.items()}

@@ -158,8 +158,8 @@ def _placed(leaf: Array, stack: StackPlacement) -> Array:
 
 def split_params(tree: Tree, param_axes: Tree) -> Params:
     """A tree like the parameters into what lies on stages and what all stages share."""
-    axes = flatten_dict(param_axes)
-    named = flatten_dict(tree)
+    axes: dict[Any, Any] = flatten_dict(param_axes)
+    named: dict[Any, Any] = flatten_dict(tree)
     staged = {path: leaf for path, leaf in named.items() if axes[path][:1] == ("layers",)}
     shared = {path: leaf for path, leaf in named.items() if path not in staged}
     return Params(unflatten_dict(staged), unflatten_dict(shared))

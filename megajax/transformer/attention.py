@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.config import TransformerConfig
-from megajax.ops.attention import AttentionMask, dot_product_attention
+from megajax.config_parallel import ContextComm
+from megajax.ops.attention import AttentionMask
 from megajax.ops.rope import Rotary, apply_rotary
+from megajax.parallel.context import context_parallel_attention
 from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.spec import Builder
 from megajax.transformer.linear import init_std, normal_init
@@ -24,22 +26,27 @@ Array = jax.Array
 class DotProductAttention(nn.Module):
     """The core in plain JAX. q [B, S, N, K], k and v [B, T, G, K] -> [B, S, N, K].
 
-    Holds the learned attention sink, a parameter softmax_offset [N], when `softmax_type` is "learnable".
+    Holds the learned attention sink, a parameter softmax_offset [N], when `softmax_type` is "learnable". Where the mesh
+    divides the sequence, the devices meet as `cp_comm_type` says; `zigzag`: see `context_parallel_attention`.
     Megatron: `core/transformer/dot_product_attention.py`.
     """
 
     config: TransformerConfig
+    cp_comm_type: ContextComm = "p2p"
+    zigzag: bool = False
 
     @nn.compact
     def __call__(self, q: Array, k: Array, v: Array, *, mask: AttentionMask, deterministic: bool = True) -> Array:
         cfg = self.config
         fp32 = cfg.attention_softmax_in_fp32 or cfg.apply_query_key_layer_scaling
         drop = cfg.attention_dropout if not deterministic else 0.0
-        return dot_product_attention(
+        return context_parallel_attention(
             q,
             k,
             v,
             mask=mask,
+            comm=self.cp_comm_type,
+            zigzag=self.zigzag,
             scale=softmax_scale(cfg),
             sink_N=attention_sink(self, cfg),
             softmax_dtype=jnp.dtype(jnp.float32 if fp32 else q.dtype),
