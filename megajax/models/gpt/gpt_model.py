@@ -139,7 +139,7 @@ class GPTModel(nn.Module):
     ) -> Array:
         """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
         if position_ids is None:
-            position_ids = jnp.arange(tokens.shape[1])[None, :] + (cache_position or 0)
+            position_ids = jnp.arange(tokens.shape[1])[None, :] + (0 if cache_position is None else cache_position)
             if segment_ids is not None:
                 position_ids = packed_positions(segment_ids)
         x_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
