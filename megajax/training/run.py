@@ -240,7 +240,7 @@ def sample_text(program: Program, params: Any, tokenizer: Tokenizer, prompt: lis
         jax.device_put(params, jax.local_devices()[0]),
         jnp.asarray([prompt], jnp.int32),
         num_tokens=min(train.sample_tokens, program.config.data.seq_length - len(prompt)),
-        sampling=Sampling(temperature=0.8, top_p=0.95),
+        sampling=Sampling(temperature=0.6, top_p=0.95),
         key=jax.random.key(train.seed),
     )
     new = np.asarray(tokens[0]).tolist()

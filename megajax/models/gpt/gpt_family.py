@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 DEFAULT = Config(
     model_family="gpt",
     model=TransformerConfig(
-        num_layers=4,
+        num_layers=2,
         hidden_size=128,
-        num_attention_heads=2,
+        num_attention_heads=4,
         ffn_hidden_size=384,
         make_vocab_size_divisible_by=128,
         position_embedding_type="rope",
@@ -39,15 +39,15 @@ DEFAULT = Config(
     optimizer=OptimizerConfig(
         optimizer="muon",
         muon_use_nesterov=True,
-        lr=2e-2,
-        min_lr=2e-3,
+        lr=1.5e-2,
+        min_lr=1e-3,
         lr_decay_style="cosine",
         lr_warmup_fraction=0.05,
         adam_beta2=0.95,
         weight_decay=0.1,
     ),
-    data=DataConfig(seq_length=256),
-    train=TrainConfig(train_iters=220, micro_batch_size=8),
+    data=DataConfig(seq_length=128),
+    train=TrainConfig(train_iters=900, micro_batch_size=8),
 )
 
 
