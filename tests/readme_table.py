@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- table: tests/readme_table.py -->", "<!-- end of table -->"
 
 PLANNED = ("GPT with MoE, MLA, MTP", "BERT", "T5", "Mamba and hybrids", "CLIP ViT, RADIO", "LLaVA", "RETRO")
-NOT_BUILT = ("CP", "PP", "EP")
+NOT_BUILT = ("EP",)
 
 
 def _load(path: Path) -> ModuleType:
@@ -29,15 +29,18 @@ def _load(path: Path) -> ModuleType:
 
 
 def parallelisms() -> dict[str, list[str]]:
-    """Each parallelism and the layouts of `test_trajectory.py` that use it."""
+    """Each parallelism and the layouts of `test_layouts.py` that use it."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    layouts = _load(ROOT / "tests" / "training" / "test_trajectory.py").LAYOUTS
+    layouts = _load(ROOT / "tests" / "training" / "test_layouts.py").LAYOUTS
     uses = {
-        "DP": lambda row: row.devices > row.tp,
-        "ZeRO-1": lambda row: row.zero == 1 and row.devices > row.tp,
-        "ZeRO-3": lambda row: row.zero == 3 and row.devices > row.tp,
+        "DP": lambda row: row.dp > 1,
+        "ZeRO-1": lambda row: row.zero == 1 and row.dp > 1,
+        "ZeRO-2": lambda row: row.zero == 2 and row.dp > 1,
+        "ZeRO-3": lambda row: row.zero == 3 and row.dp > 1,
         "TP": lambda row: row.tp > 1,
         "SP": lambda row: row.sp,
+        "CP": lambda row: row.cp > 1,
+        "PP": lambda row: row.pp > 1,
     }
     return {name: [str(row) for row in layouts if used(row)] for name, used in uses.items()}
 

@@ -1,0 +1,221 @@
+"""Three training steps on every layout of eight devices equal one device's: losses, gradient norms, parameters."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from megajax.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, TransformerConfig
+from megajax.models.registry import FAMILIES
+from megajax.training.setup import build_program, on_mesh, place_batch
+
+VOCAB, SEQ, BATCH, STEPS = 60, 16, 8, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Devices that the sizes leave over, up to `devices`, are data parallel."""
+
+    devices: int = 8
+    tp: int = 1
+    sp: bool = False
+    pp: int = 1
+    vpp: int = 1
+    pipeline: str | None = None
+    first: int | None = None
+    cp: int = 1
+    comm: str = "p2p"
+    sizes: tuple[int, int] | None = None
+    ep: int = 1
+    zero: int = 1
+    copies: int = 1
+    mbs: int = 1
+    batch: int = BATCH
+    layers: int = 4
+    model: str = "tied"
+
+    def __str__(self) -> str:
+        default = Layout()
+        parts = [f"{f.name}{getattr(self, f.name)}" for f in dataclasses.fields(self)]
+        changed = [getattr(self, f.name) != getattr(default, f.name) for f in dataclasses.fields(self)]
+        return "-".join(part for part, shown in zip(parts, changed, strict=True) if shown) or "dp8"
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel shards, experts' axis included."""
+        return self.devices // (self.tp * self.pp * self.cp)
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(zero=0),
+    Layout(zero=2),
+    Layout(zero=3),
+    Layout(zero=2, copies=2),
+    Layout(zero=3, copies=4),
+    Layout(ep=4, zero=3),
+    Layout(devices=4, zero=2, mbs=2, model="untied"),
+    Layout(devices=2, tp=2, mbs=4),
+    Layout(tp=4, sp=True, model="untied"),  # more shards than key/value heads
+    Layout(tp=2, zero=2),
+    Layout(tp=2, sp=True, zero=3),
+    Layout(devices=2, cp=2),
+    Layout(cp=4, zero=3),
+    Layout(cp=2, comm="all_gather", zero=2, model="untied"),
+    Layout(cp=4, comm="a2a"),
+    Layout(cp=4, comm="a2a+p2p", sizes=(2, 2), model="untied"),
+    Layout(cp=2, tp=2, sp=True),
+    Layout(cp=2, tp=2, sp=True, zero=3, model="untied"),
+    Layout(cp=2, tp=4, sp=True, mbs=2),
+    Layout(devices=2, pp=2, mbs=2),
+    Layout(pp=2, zero=3),
+    Layout(pp=4, zero=2, model="untied"),
+    Layout(pp=8, layers=8),
+    Layout(devices=2, pp=2, batch=6, mbs=2, model="untied"),
+    Layout(devices=4, pp=4, layers=5, pipeline="Et|tt||ttL", mbs=2),
+    Layout(devices=2, pp=2, vpp=2, mbs=2),
+    Layout(devices=2, pp=2, vpp=2, batch=6, mbs=2, zero=0),  # microbatches that the stages do not divide
+    Layout(devices=4, pp=4, vpp=2, layers=8),
+    Layout(devices=2, pp=2, vpp=4, layers=8, mbs=2),
+    Layout(devices=4, pp=2, tp=2, sp=True, first=1, layers=4),
+    Layout(pp=2, tp=2, sp=True, zero=3, model="untied"),
+    Layout(pp=2, cp=2, zero=2),
+    Layout(pp=2, cp=2, tp=2, sp=True, model="untied"),
+    Layout(pp=2, cp=2, comm="a2a", vpp=2, zero=3),
+    Layout(pp=2, ep=2, zero=3, copies=2, model="untied"),
+]
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {"position_embedding_type": "learned_absolute", "max_sequence_length": SEQ},
+    "untied": {
+        "position_embedding_type": "rope",
+        "num_query_groups": 2,
+        "share_embeddings_and_output_weights": False,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "recompute_granularity": "selective",
+    },
+}
+
+
+def _config(layout: Layout, **model: Any) -> Config:
+    architecture: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0} | MODELS[layout.model] | model
+    return Config(
+        model_family="gpt",
+        model=TransformerConfig(
+            num_layers=layout.layers,
+            hidden_size=32,
+            num_attention_heads=4,
+            ffn_hidden_size=48,
+            vocab_size=VOCAB,
+            make_vocab_size_divisible_by=64,
+            init_method_std=0.3,
+            **architecture,
+        ),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=layout.tp,
+            sequence_parallel=layout.sp,
+            pipeline_model_parallel_size=layout.pp,
+            num_virtual_stages_per_pipeline_rank=layout.vpp,
+            pipeline_model_parallel_layout=layout.pipeline,
+            decoder_first_pipeline_num_layers=layout.first,
+            context_parallel_size=layout.cp,
+            cp_comm_type=layout.comm,  # type: ignore[arg-type]
+            hierarchical_context_parallel_sizes=layout.sizes,
+            expert_model_parallel_size=layout.ep,
+            zero=layout.zero,  # type: ignore[arg-type]
+            num_distributed_optimizer_instances=layout.copies,
+        ),
+        optimizer=OptimizerConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant"),
+        data=DataConfig(seq_length=SEQ),
+        train=TrainConfig(micro_batch_size=layout.mbs, global_batch_size=layout.batch),
+    )
+
+
+def _batches(layout: Layout) -> list[dict[str, np.ndarray]]:
+    """Rows of two packed documents each (for the untied model), some tokens masked."""
+    rng = np.random.default_rng(5)
+    batches = []
+    for _ in range(STEPS):
+        text = rng.integers(VOCAB, size=(layout.batch, SEQ + 1)).astype(np.int32)
+        index = np.broadcast_to(np.arange(SEQ, dtype=np.int32), text[:, 1:].shape)
+        batch = {
+            "tokens": text[:, :-1],
+            "labels": text[:, 1:],
+            "loss_mask": (rng.random(index.shape) < 0.8).astype(np.float32),
+            "position_ids": index,
+        }
+        if layout.model == "untied":
+            starts = rng.integers(1, SEQ, size=(layout.batch, 1)).astype(np.int32)
+            batch["segment_ids"] = (index >= starts).astype(np.int32)
+            batch["position_ids"] = np.where(index >= starts, index - starts, index)
+        batches.append(batch)
+    return batches
+
+
+def _train(layout: Layout, **model: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(losses and gradient norms [steps, 2], final parameters by path)."""
+    program = build_program(_config(layout, **model), FAMILIES["gpt"], devices=jax.devices()[: layout.devices])
+    state, seen = program.create_state(), []
+    with on_mesh(program):
+        for batch in _batches(layout):
+            placed = place_batch(program, batch, num_microbatches=program.batches.at(0).num_microbatches)
+            state, metrics = program.train_step(state, placed)
+            seen.append((float(metrics.loss), float(metrics.grad_norm)))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(program.stages.to_stored(state.params)))
+    return np.array(seen), {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@functools.cache
+def _one_device(model: str, layers: int, batch: int, dropout: float = 0.0, mbs: int = 2) -> Any:
+    return _train(Layout(devices=1, model=model, layers=layers, batch=batch, mbs=mbs), hidden_dropout=dropout)
+
+
+def _assert_equal(found: Any, wanted: Any) -> None:
+    np.testing.assert_allclose(found[0], wanted[0], rtol=2e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        # 1e-7: the bias of keys has no gradient but rounding, since softmax does not see it
+        atol = 2e-5 * float(np.abs(value).max()) + 1e-7
+        np.testing.assert_allclose(found[1][name], value, rtol=2e-5, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_equals_one_device(layout):
+    _assert_equal(_train(layout), _one_device(layout.model, layout.layers, layout.batch))
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(devices=2, pp=2, mbs=2), Layout(devices=4, pp=2, vpp=2, tp=2, mbs=2)], ids=str
+)
+def test_dropout_masks_are_those_of_one_device(layout):
+    """A microbatch draws its masks from its own key, whichever stage, and whichever chunk, it is on."""
+    wanted = _one_device(layout.model, layout.layers, layout.batch, dropout=0.3)
+    assert abs(wanted[0][0, 0] - _one_device(layout.model, layout.layers, layout.batch)[0][0, 0]) > 1e-3
+    _assert_equal(_train(layout, hidden_dropout=0.3), wanted)
+
+
+def test_memory_does_not_grow_with_microbatches():
+    """What is held between forward and backward is a ring; only the tokens themselves grow."""
+    sizes = []
+    for microbatches in (8, 32, 128):
+        layout = Layout(devices=2, pp=2, mbs=1, batch=microbatches)
+        program = build_program(_config(layout), FAMILIES["gpt"], devices=jax.devices()[:2])
+        shapes = {
+            name: jax.ShapeDtypeStruct((microbatches, 1, SEQ), array.dtype)
+            for name, array in _batches(Layout(batch=1))[0].items()
+        }
+        with on_mesh(program):
+            compiled = program.train_step.lower(program.abstract_state, shapes).compile()  # pyright: ignore
+        tokens = 4 * microbatches * SEQ * 4  # int32 and fp32 arrays of the batch
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes - 2 * tokens)
+    assert max(sizes) - min(sizes) < 0.02 * sizes[0], sizes
