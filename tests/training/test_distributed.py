@@ -112,40 +112,59 @@ def _assert_same(run_dir: Path, other: Path, read_saved: Any) -> None:
 
 
 # Microbatches, dropout and masked documents: rows in another order would show.
-HARD = "--train-iters 40 --global-batch-size 8 --eval-interval 20 --save-interval 10 --hidden-dropout 0.1"
+HARD = "--train-iters 60 --global-batch-size 8 --eval-interval 60 --save-interval 10 --hidden-dropout 0.1"
 
 
-def test_a_run_of_two_processes_ends_as_one_process_would(processes, tiny, read_saved):
-    """Stopped by a signal to one process, then by the death of one, then done: as if nothing had happened."""
-    run = processes.start("parts", HARD)
-    os.kill(processes.when_at(run, "parts", 3)[1], signal.SIGTERM)
-    out, err = run.communicate(timeout=120)
-    assert (run.returncode, "SIGTERM; resume with the same command" in out) == (0, True), out + err
-    assert err == ""
-    stopped, _ = read_saved(processes.folder("parts"))
-    assert 3 <= stopped < 40
-
-    run = processes.start("parts", HARD)
-    victim = processes.when_at(run, "parts", stopped + 2)[1]
-    os.kill(victim, signal.SIGKILL)
+def test_two_processes_die_resume_and_stop_together(processes, tiny, read_saved):
+    """One is killed: the other says so and ends. Steps taken again are the same. A signal to one stops both."""
+    run = processes.start("run", HARD)
+    os.kill(processes.when_at(run, "run", 14)[1], signal.SIGKILL)
     killed = time.monotonic()
-    out, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=120)
     seconds = time.monotonic() - killed
-    print(f"{seconds:.2f} s from the death of a process to the end of the run")
     assert run.returncode == 128 + signal.SIGKILL
     assert f"process 1 on {os.uname().nodename} has died; {ENDED}\n" in err
     assert err.endswith("process 1 was ended by SIGKILL\n")
     assert seconds < 30
+    before = [row for row in _rows(processes.folder("run")) if "loss" in row]
+
+    run = processes.start("run", HARD)
+    os.kill(processes.when_at(run, "run", before[-1]["step"] + 2)[1], signal.SIGTERM)
+    out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, "")
+    assert "checkpoints at step 10\n" in out
+    assert "SIGTERM; resume with the same command" in out
+    assert out.count("in /") == 1  # one process speaks
+    after = [row for row in _rows(processes.folder("run")) if "loss" in row]
+    assert after[: len(before)] == before
+    assert [row["step"] for row in after] == list(range(1, len(after) + 1))
+    one = tiny.train("one", f"{HARD} --exit-interval {len(after)}", devices=2)
+    _assert_close(processes.folder("run"), one, read_saved)
+    assert {p.name for p in processes.folder("run").iterdir()} == {p.name for p in one.iterdir()}
+    config = json.loads((processes.folder("run") / "config.json").read_text())
+    assert config["distributed"]["num_processes"] is None
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_with_the_same_bits(processes, read_saved):
+    """Stopped by a signal, then by the death of process 0, then done: as if nothing had happened."""
+    run = processes.start("parts", HARD)
+    os.kill(processes.when_at(run, "parts", 3)[1], signal.SIGTERM)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, out + err
+    stopped, _ = read_saved(processes.folder("parts"))
+    assert 3 <= stopped < 60
+
+    run = processes.start("parts", HARD)
+    os.kill(processes.when_at(run, "parts", stopped + 2)[0], signal.SIGKILL)
+    assert run.communicate(timeout=120)[1].endswith("process 0 was ended by SIGKILL\n")
+    assert run.returncode == 128 + signal.SIGKILL
 
     parts, out = processes.train("parts", f"{HARD} --sample-tokens 4")
-    assert out.count("step 40/40") == 1  # of one process only
+    assert out.count("step 60/60") == 1  # of one process only
     assert "on dp=2 of 2 processes" in out
     assert "\nsample:\n" in out
-    whole, _ = processes.train("whole", HARD)
-    _assert_same(parts, whole, read_saved)
-    _assert_close(whole, tiny.train("one", HARD, devices=2), read_saved)
-    config = json.loads((whole / "config.json").read_text())
-    assert config["distributed"]["num_processes"] is None
+    _assert_same(parts, processes.train("whole", HARD)[0], read_saved)
 
 
 def test_processes_that_share_their_rows(processes, tiny, read_saved):
