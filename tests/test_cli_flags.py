@@ -15,6 +15,7 @@ from megajax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DistributedConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
@@ -88,6 +89,7 @@ SPECIAL = {
     "rope_short_factor": ("1 2 3", (1.0, 2.0, 3.0)),
     "rope_long_factor": ("1 2 3", (1.0, 2.0, 3.0)),
     "recompute_modules": ("mlp layernorm", ("mlp", "layernorm")),
+    "coordinator": ("node0:8476", "node0:8476"),
     "split": ("1,1,1", "1,1,1"),
     "data": ("a b", ("a", "b")),
     "rampup_batch_size": ("1 2 3", (1, 2, 3)),
@@ -181,7 +183,7 @@ def test_help(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert caught.value.code == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert len(lines) <= 220
+    assert len(lines) <= 250
     assert max(map(len, lines)) <= 120
     for heading in ("program", "model: attention", "parallel", "optimizer", "data", "checkpoint", "train"):
         assert heading in lines
@@ -199,6 +201,7 @@ def test_groups_of_the_default_are_the_config_classes() -> None:
     assert groups == {
         "model": TransformerConfig,
         "parallel": ParallelConfig,
+        "distributed": DistributedConfig,
         "optimizer": OptimizerConfig,
         "data": DataConfig,
         "checkpoint": CheckpointConfig,
