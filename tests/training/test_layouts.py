@@ -66,14 +66,17 @@ LAYOUTS = [
     Layout(tp=2, zero=2),
     Layout(tp=2, sp=True, zero=3),
     Layout(devices=2, cp=2),
+    Layout(cp=4, comm="a2a"),
+    Layout(devices=2, pp=2, mbs=2),
+]
+
+SLOW_LAYOUTS = [
     Layout(cp=4, zero=3),
     Layout(cp=2, comm="all_gather", zero=2, model="untied"),
-    Layout(cp=4, comm="a2a"),
     Layout(cp=4, comm="a2a+p2p", sizes=(2, 2), model="untied"),
     Layout(cp=2, tp=2, sp=True),
     Layout(cp=2, tp=2, sp=True, zero=3, model="untied"),
     Layout(cp=2, tp=4, sp=True, mbs=2),
-    Layout(devices=2, pp=2, mbs=2),
     Layout(pp=2, zero=3),
     Layout(pp=4, zero=2, model="untied"),
     Layout(pp=8, layers=8),
@@ -189,11 +192,14 @@ def _assert_equal(found: Any, wanted: Any) -> None:
         np.testing.assert_allclose(found[1][name], value, rtol=2e-5, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS)], ids=str
+)
 def test_equals_one_device(layout):
     _assert_equal(_train(layout), _one_device(layout.model, layout.layers, layout.batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [Layout(devices=2, pp=2, mbs=2), Layout(devices=4, pp=2, vpp=2, tp=2, mbs=2)], ids=str
 )
@@ -204,6 +210,7 @@ def test_dropout_masks_are_those_of_one_device(layout):
     _assert_equal(_train(layout, hidden_dropout=0.3), wanted)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_microbatches():
     """What is held between forward and backward is a ring; only the tokens themselves grow."""
     sizes = []
