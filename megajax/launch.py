@@ -139,6 +139,8 @@ def _show(index: int, log: IO[bytes] | None, code: int) -> None:
         log.seek(0)
         for line in log.read().decode(errors="replace").splitlines()[-_LINES_SHOWN:]:
             print(f"[{index}] {line}", file=sys.stderr)
+    if log is None and code > 0:
+        return  # it has said why
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"process {index} {how}", file=sys.stderr)
 

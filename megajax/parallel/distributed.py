@@ -28,9 +28,9 @@ _VERDICT_SECONDS = 5.0
 def processes(config: DistributedConfig) -> Iterator[None]:
     """While entered, `jax.devices()` are those of all processes of the run. Enter it before JAX is used.
 
-    When a process fails, or one that it needs has died, the others end as well, each with one line on stderr and a code
-    other than 0: 2 or 130 in a process that made a mistake or was interrupted, else 1, or SIGABRT's where JAX itself
-    was first. None of them returns from here then.
+    When a process fails or dies, the others end as well, each with one line on stderr and a code other than 0: that of
+    the one which failed (2 after a mistake, 130 after Ctrl-C), 1 where one has died, or SIGABRT's where JAX itself was
+    first. None of them returns from here then.
 
     Raises:
       ConfigError: the place of this process is half given, or the processes do not find each other. JAX has not been
@@ -65,18 +65,17 @@ def processes(config: DistributedConfig) -> Iterator[None]:
 
 def _fail(lifeline: Lifeline, error: BaseException) -> NoReturn:
     """Ends this process without waiting for the others, as JAX would."""
-    ours = isinstance(error, ConfigError | KeyboardInterrupt | BrokenPipeError)
-    lifeline.wait_for_verdict(0.2 if ours else _VERDICT_SECONDS)
 
     def again() -> NoReturn:
         raise error
 
-    if ours:
+    if isinstance(error, ConfigError | KeyboardInterrupt | BrokenPipeError):
         code = cli.exit_code(again)
     else:
+        lifeline.wait_for_verdict(_VERDICT_SECONDS)
         traceback.print_exception(error)
         code = 1
-    lifeline.fail(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+    lifeline.fail(" ".join(f"{type(error).__name__}: {error}".split())[:300], code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

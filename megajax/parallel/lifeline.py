@@ -29,18 +29,23 @@ _BIND_SECONDS = 3.0
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
 """30 seconds until a host that has vanished counts as dead."""
 _LONGEST_LINE = 4096
+MISTAKE = 2
+"""Exit code after a mistake of the user, which most likely every process is about to find."""
+_OWN_MISTAKE_SECONDS = 1.0
+"""A process has so long to name the mistake itself."""
 
 
 class Lifeline(Protocol):
     """A process's connections to the others. While they are open a thread watches them, and ends this process with one
-    line and exit code 1 when another one dies or fails."""
+    line when another one dies (exit code 1) or fails (that one's code)."""
 
     def wait_for_verdict(self, seconds: float) -> None:
         """Returns only when in this time nothing has been heard of another process that died or failed."""
         ...
 
-    def fail(self, reason: str) -> None:
-        """Tells the others that this process stops, and why. It has to leave then, with `os._exit`."""
+    def fail(self, reason: str, code: int) -> None:
+        """Tells the others that this process stops with this exit code, and why. It has to leave then, with
+        `os._exit`."""
         ...
 
     def close(self) -> None:
@@ -126,11 +131,16 @@ class _Watch:
         if self._verdict.wait(seconds):
             self._thread.join()  # which ends the process
 
-    def _end(self, what: str) -> NoReturn:
+    def _end(self, what: str, code: int) -> NoReturn:
+        if code == MISTAKE:
+            time.sleep(_OWN_MISTAKE_SECONDS)
+            what += "; the run has stopped"
+        else:
+            what += "; the run has stopped, start it again to resume from its last checkpoint"
         sys.stdout.flush()
-        sys.stderr.write(f"error: {what}; the run has stopped, start it again to resume from its last checkpoint\n")
+        sys.stderr.write(f"error: {what}\n")
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)
 
 
 class _Hub(_Watch):
@@ -189,9 +199,9 @@ class _Hub(_Watch):
             if message is not None and message.get("done"):
                 connection.left = True
             elif message is not None:
-                self._stop(f"{connection.name} has failed ({message.get('failed')})")
+                self._stop(f"{connection.name} has failed ({message['failed']})", message["code"])
             elif not connection.left:
-                self._stop(f"{connection.name} has died")
+                self._stop(f"{connection.name} has died", 1)
 
     def _messages(self) -> Iterator[tuple[_Connection, dict | None]]:
         """What comes from any of the others, until all have closed their connections."""
@@ -205,22 +215,22 @@ class _Hub(_Watch):
                         selector.unregister(key.data)
                     yield key.data, message
 
-    def _stop(self, what: str) -> NoReturn:
+    def _stop(self, what: str, code: int) -> NoReturn:
         self._verdict.set()
-        self._tell(what)
-        self._end(what)
+        self._tell(what, code)
+        self._end(what, code)
 
-    def _tell(self, what: str) -> None:
+    def _tell(self, what: str, code: int) -> None:
         """Tells all, and waits until they have gone: JAX aborts every process that outlives process 0."""
         for connection in self._connections:
-            connection.send(stop=what)
+            connection.send(stop=what, code=code)
         deadline = time.monotonic() + _ANSWER_SECONDS
         for connection in self._connections:
             connection.wait(deadline)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, code: int) -> None:
         self._closing.set()
-        self._tell(f"process 0 on {socket.gethostname()} has failed ({reason})")
+        self._tell(f"process 0 on {socket.gethostname()} has failed ({reason})", code)
 
     def close(self) -> None:
         self._closing.set()
@@ -243,11 +253,13 @@ class _Spoke(_Watch):
         if self._closing.is_set() or (message is not None and message.get("done")):
             return
         self._verdict.set()
-        self._end(f"process 0 at {self._cluster.coordinator} has died" if message is None else message["stop"])
+        if message is None:
+            self._end(f"process 0 at {self._cluster.coordinator} has died", 1)
+        self._end(message["stop"], message["code"])
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, code: int) -> None:
         self._closing.set()
-        self._hub.send(failed=reason)
+        self._hub.send(failed=reason, code=code)
 
     def close(self) -> None:
         self._closing.set()

@@ -34,8 +34,10 @@ if not order:
 if order == "close":
     lifeline.close()
 else:
-    lifeline.fail(order)
+    lifeline.fail(order, timeout % 10)
 """
+
+AGAIN = ", start it again to resume from its last checkpoint"
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -60,8 +62,8 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def _meet(start: Start, count: int) -> list[subprocess.Popen[str]]:
-    processes = [start(index, count) for index in range(count)]
+def _meet(start: Start, count: int, *, timeout: int = 60) -> list[subprocess.Popen[str]]:
+    processes = [start(index, count, timeout=timeout) for index in range(count)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "met\n"
@@ -89,17 +91,21 @@ def test_a_dead_process_ends_the_others_at_once(start, victim, name):
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_failing_process_says_why(start, failing):
-    processes = _meet(start, 3)
+@pytest.mark.parametrize(
+    ("failing", "code", "advice"),
+    [(0, 1, AGAIN), (1, 1, AGAIN), (0, 2, ""), (1, 2, "")],
+)
+def test_a_failing_process_says_why(start, failing, code, advice):
+    """All end with its code; a mistake is not cured by another start."""
+    processes = _meet(start, 3, timeout=60 + code)
     loser = processes.pop(failing)
     assert loser.communicate("no data\n", timeout=30) == ("", "")
     for process in processes:
         _, err = process.communicate(timeout=30)
         assert err == (
-            f"error: process {failing} on {socket.gethostname()} has failed (no data); the run has stopped, start it"
-            " again to resume from its last checkpoint\n"
+            f"error: process {failing} on {socket.gethostname()} has failed (no data); the run has stopped{advice}\n"
         )
+        assert process.returncode == code
 
 
 def test_who_does_not_come(start):
