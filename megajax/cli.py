@@ -9,6 +9,7 @@ spellings are not all fields, and a mistake is to be answered by one line.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import fnmatch
@@ -135,6 +136,14 @@ def from_json(data: Mapping[str, Any], *, families: Families) -> Config:
     values = values_from_json(data, family.config_type, source="config")
     values |= _companions(values, family.default)
     return _apply(family.default, values, cli_flags.flags_of(family.config_type))
+
+
+class Parser(argparse.ArgumentParser):
+    """For programs with few flags of their own: a mistake is a ConfigError, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise ConfigError(f"{message}; see --help")
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:

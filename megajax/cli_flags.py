@@ -175,7 +175,7 @@ class Refused:
 
 REFUSED: tuple[Refused, ...] = (
     Refused(
-        (*("--expert-model-parallel-size", "--ep", "--expert-tensor-parallel-size", "--etp"),),
+        ("--ep", "--expert-tensor-parallel-size", "--etp"),
         "not supported yet; leave it at 1",
         accepted=("1",),
     ),

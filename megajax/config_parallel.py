@@ -106,6 +106,6 @@ class ParallelConfig:
         return self.context_parallel_size // self.ulysses_size
 
     @property
-    def model_parallel_size(self) -> int:
-        """Devices that share one copy of the data."""
-        return self.pipeline_model_parallel_size * self.tensor_model_parallel_size * self.context_parallel_size
+    def zigzag(self) -> bool:
+        """Whether each device of a ring holds an early and a late part of the sequence, which balances causal work."""
+        return self.ring_size > 1 and self.cp_comm_type in ("p2p", "a2a+p2p")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from megajax import cli
 from megajax.config import CheckpointConfig, Config, ConfigError
@@ -27,14 +27,9 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def main(argv: list[str]) -> None:
     """Reads the weights in one format and writes them in the other."""
-    parser = _Parser(
+    parser = cli.Parser(
         prog="python -m megajax.convert",
         description=__doc__,
         epilog=_HELP,

@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import socket
@@ -13,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from megajax import cli
 from megajax.config import ConfigError
@@ -23,15 +22,10 @@ GRACE_SECONDS = 10.0
 _LINES_SHOWN = 20
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def main(argv: list[str]) -> int:
     """Runs the processes; returns 0, or the exit code of the first that failed."""
     own, dashes, command = _split(argv)
-    parser = _Parser(
+    parser = cli.Parser(
         prog="python -m megajax.launch",
         description=f"{__doc__} Process 0 writes to this terminal; what the others write is shown when they fail. A"
         " failure of one ends all. SIGTERM and Ctrl-C are passed on.",

@@ -7,7 +7,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megajax import cli
 from megajax.config import ConfigError
@@ -23,11 +23,6 @@ examples:
   python -m megajax.plan --schedule 1f1b --pp 16 --microbatches 64 --layout 'Et*3|(tt|)*29,m|L' --png pipeline.png
   python -m megajax.plan --schedule zb-h1 --pp 8 --microbatches 32 --num-layers 32 --bytes-per-microbatch 3e9 --json
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
 
 
 def main(argv: list[str]) -> None:
@@ -138,8 +133,8 @@ def _save_figure(figure: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
         prog="python -m megajax.plan",
         description=__doc__,
         epilog=_HELP,

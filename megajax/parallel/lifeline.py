@@ -10,6 +10,7 @@ keepalive breaks them when a host is gone. Process 0 tells the rest who it was.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import abc
 import json
 import os
 import selectors
@@ -116,7 +117,7 @@ class _Connection:
         self._socket.close()
 
 
-class _Watch:
+class _Watch(abc.ABC):
     """What both ends have in common: the thread, and the way out."""
 
     def __init__(self) -> None:
@@ -124,8 +125,8 @@ class _Watch:
         self._verdict = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
 
-    def _watch(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _watch(self) -> None: ...
 
     def wait_for_verdict(self, seconds: float) -> None:
         if self._verdict.wait(seconds):

@@ -154,21 +154,20 @@ def pipeline_gradients(
     work: Work,
     *,
     specs: Params,
-    constrain: Callable[[Params], Params],
+    gradient_specs: Params,
 ) -> tuple[Params, Array]:
     """Gradients of the weighted sum of all token losses, and the sum of the masked ones.
 
     Args:
       rows: arrays [p v n]: what `pieces.stage` is told of the rows of the parameters.
-      specs: partition specs of the parameters.
-      constrain: lays out gradients while they add up, as the sharding table says.
+      specs, gradient_specs: partition specs of the parameters, and of the gradients while they add up.
 
     Returns:
       (gradients like params in fp32, fp32 scalar).
     """
 
     def region(params: Params, rows: Tree, work: Work) -> tuple[Params, Array]:
-        return _Engine(pieces, schedule, params, rows, work, constrain).gradients()
+        return _Engine(pieces, schedule, params, rows, work).gradients(gradient_specs)
 
     return _over_stages(region, specs, out_specs=(_manual(specs), PartitionSpec()))(params, rows, work)
 
@@ -179,7 +178,7 @@ def pipeline_loss(
     """The sum of the masked token losses alone: the forward half of the schedule."""
 
     def region(params: Params, rows: Tree, work: Work) -> Array:
-        return _Engine(pieces, schedule, params, rows, work, lambda unchanged: unchanged).loss()
+        return _Engine(pieces, schedule, params, rows, work).loss()
 
     return _over_stages(region, specs, out_specs=PartitionSpec())(params, rows, work)
 
@@ -216,16 +215,8 @@ class _Carry(NamedTuple):
 class _Engine:
     """One stage's view of the schedule, inside the manual region."""
 
-    def __init__(
-        self,
-        pieces: Pieces,
-        schedule: Lockstep,
-        params: Params,
-        rows: Tree,
-        work: Work,
-        constrain: Callable[[Params], Params],
-    ) -> None:
-        self.pieces, self.schedule, self.work, self.constrain = pieces, schedule, work, constrain
+    def __init__(self, pieces: Pieces, schedule: Lockstep, params: Params, rows: Tree, work: Work) -> None:
+        self.pieces, self.schedule, self.work = pieces, schedule, work
         self.stage = jax.lax.axis_index(PP)
         self.shared = params.shared
         split = partial(jax.tree.map, lambda a: a.reshape(schedule.chunks, -1, *a.shape[1:]))
@@ -234,9 +225,9 @@ class _Engine:
         self.x_like = jax.eval_shape(pieces.embed, self.shared, first.batch, first.key)
         self.residuals = Residuals.of(pieces.stage, self._chunk(jnp.int32(0)), self.x_like, first)
 
-    def gradients(self) -> tuple[Params, Array]:
+    def gradients(self, specs: Params) -> tuple[Params, Array]:
         """All ticks: forwards, forwards and backwards, backwards."""
-        schedule = self.schedule
+        schedule, self.gradient_specs = self.schedule, specs
         start = self._start(ring=self.residuals.ring(schedule.slots))
         turn, end = schedule.first_backward, schedule.forward_ticks
 
@@ -327,10 +318,9 @@ class _Engine:
             gradient = jnp.where(item.valid, gradient.astype(jnp.float32), 0.0)
             return total.at[item.chunk].add(gradient)
 
-        staged = jax.tree.map(add, carry.gradients.staged, d_params)
+        staged = _laid_out(jax.tree.map(add, carry.gradients.staged, d_params), self.gradient_specs.staged)
         carry = self._enter_backward(carry._replace(gradients=carry.gradients._replace(staged=staged)), tick, dx)
-        gradients = self.constrain(carry.gradients)
-        return carry._replace(gradients=gradients, g=self._shift(dx, -1))
+        return carry._replace(g=self._shift(dx, -1))
 
     def _finish(self, carry: _Carry, tick: Array) -> tuple[_Carry, Array]:
         """The loss of the microbatch that leaves the last stage, and the gradient of its output."""
@@ -370,7 +360,7 @@ class _Engine:
 
     def _constrained(self, shared: Tree) -> Tree:
         # Both branches of a conditional must lay out what they return alike.
-        return self.constrain(Params({}, shared)).shared
+        return _laid_out(shared, self.gradient_specs.shared)
 
     def _send_forward(self, carry: _Carry) -> _Carry:
         return carry._replace(x=self._shift(carry.y, 1))
@@ -378,6 +368,21 @@ class _Engine:
     def _shift(self, x: Array, by: int) -> Array:
         stages = self.schedule.stages
         return jax.lax.ppermute(x, PP, [(stage, (stage + by) % stages) for stage in range(stages)])
+
+
+def _laid_out(gradients: Tree, specs: Tree) -> Tree:
+    """Gradients as their specs say; in the region pp is no longer said, and staged leaves are [chunks, rows, ...]."""
+
+    def without_pp(entry: Any) -> Any:
+        entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        return tuple(axis for axis in entry if axis != PP) or None
+
+    def of_leaf(gradient: Array, spec: PartitionSpec) -> Array:
+        inner = [without_pp(entry) for entry in spec]
+        inner = [None] * (gradient.ndim - len(inner)) + inner
+        return jax.lax.with_sharding_constraint(gradient, PartitionSpec(*inner))
+
+    return jax.tree.map(of_leaf, gradients, specs)
 
 
 def _as_stream(x: Array) -> Array:

@@ -165,8 +165,7 @@ def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
     ):
         if (size or 0) % shards:
             raise ConfigError(f"{name}={size} is not divisible by {divisor}; change one of them")
-    if parallel.context_parallel_size > 1:
-        _validate_dropout(model, parallel)
+    _validate_dropout(model, parallel)
     groups = model.num_query_groups or tp
     if groups % tp and tp % groups:
         raise ConfigError(
@@ -176,12 +175,10 @@ def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
 
 
 def _validate_dropout(model: TransformerConfig, parallel: ParallelConfig) -> None:
-    """Masks of dropout are the same on every mesh, which not every kind of context parallelism can give."""
-    comm = parallel.cp_comm_type
-    ring = parallel.ring_size > 1 and comm in ("p2p", "a2a+p2p")
-    for name, possible in (("hidden_dropout", not ring), ("attention_dropout", not ring)):
-        if getattr(model, name) and not possible:
+    """Dropout masks are the same on every mesh; a ring, whose tokens lie in another order, cannot draw them."""
+    for name in ("hidden_dropout", "attention_dropout"):
+        if parallel.zigzag and getattr(model, name):
             raise ConfigError(
-                f"{name}={getattr(model, name)} is not possible with cp_comm_type={comm!r}; set it to 0, or use"
-                " all_gather or a2a"
+                f"{name}={getattr(model, name)} is not possible with cp_comm_type={parallel.cp_comm_type!r}; set it to"
+                " 0, or use all_gather or a2a"
             )

@@ -22,14 +22,9 @@ def document_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     return mask * np.concatenate([same, np.ones_like(same[..., :1])], axis=-1)
 
 
-def is_zigzag(parallel: ParallelConfig) -> bool:
-    """Whether tokens lie in the order that balances ring attention."""
-    return parallel.ring_size > 1 and parallel.cp_comm_type in ("p2p", "a2a+p2p")
-
-
 def prepare_batch(batch: Mapping[str, np.ndarray], parallel: ParallelConfig) -> dict[str, np.ndarray]:
     """The arrays [..., S] as the model gets them: documents masked, tokens in the order that the mesh wants."""
     prepared = {**batch, "loss_mask": document_mask(batch)}
-    if not is_zigzag(parallel):
+    if not parallel.zigzag:
         return prepared
     return {name: array[..., zigzag_indices(array.shape[-1], parallel.ring_size)] for name, array in prepared.items()}

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from megajax.config import Config
 from megajax.models.family import Family
 from megajax.parallel import sharding
-from megajax.parallel.pipeline import PP, Lockstep, Params, Pieces, Work, pipeline_gradients, pipeline_loss
+from megajax.parallel.pipeline import Lockstep, Params, Pieces, Work, pipeline_gradients, pipeline_loss
 from megajax.parallel.sharding import AxisRules
 from megajax.training.stages import Stages, merge_params, split_params
 from megajax.training.state import TrainState
@@ -137,7 +136,7 @@ class PipelineProgram:
             self._stages.rows(),
             work,
             specs=self._specs,
-            constrain=self._constrain,
+            gradient_specs=self._gradient_specs,
         )
         return merge_params(grads), loss_sum
 
@@ -154,22 +153,6 @@ class PipelineProgram:
             specs=self._specs,
         )
         return loss_sum, jnp.sum(mask)
-
-    def _constrain(self, gradients: Params) -> Params:
-        """Inside the region over stages, where accumulated leaves are [chunks, rows, ...] and pp is no longer said."""
-
-        def without_pp(entry: Any) -> Any:
-            entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
-            return tuple(axis for axis in entry if axis != PP) or None
-
-        def of_leaf(gradient: Array, spec: PartitionSpec) -> Array:
-            inner = [without_pp(entry) for entry in spec]
-            inner = [None] * (gradient.ndim - len(inner)) + inner
-            return jax.lax.with_sharding_constraint(gradient, PartitionSpec(*inner))
-
-        specs = self._gradient_specs
-        staged = jax.tree.map(of_leaf, gradients.staged, specs.staged) if gradients.staged else gradients.staged
-        return Params(staged, jax.tree.map(of_leaf, gradients.shared, specs.shared))
 
 
 def make_eval_step(model: nn.Module, family: Family) -> EvalStep:
