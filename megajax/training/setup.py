@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from megajax.models.family import Family
 from megajax.parallel import sharding
 from megajax.parallel.mesh import data_parallel_size, make_mesh
 from megajax.parallel.sharding import AxisRules
-from megajax.training.batches import is_zigzag, prepare_batch
+from megajax.training.batches import prepare_batch
 from megajax.training.gradients import (
     EvalStep,
     GradientsFn,
@@ -84,7 +85,7 @@ def fit_config(config: Config, tokenizer: Tokenizer) -> Config:
 
 def _check_sequence(config: Config) -> None:
     parallel, length = config.parallel, config.data.seq_length
-    shards = parallel.context_parallel_size * (2 if is_zigzag(parallel) else 1)
+    shards = parallel.context_parallel_size * (2 if parallel.zigzag else 1)
     if parallel.sequence_parallel:
         shards = math.lcm(shards, parallel.context_parallel_size * parallel.tensor_model_parallel_size)
     if length % shards:
@@ -101,8 +102,8 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
     dp = data_parallel_size(mesh)
     batches = make_batch_schedule(config.train, data_parallel_size=dp)
     train_iters, schedule = _length_and_schedule(config, batches)
-    ring = LocalSpecProvider(cp_comm_type=config.parallel.cp_comm_type, zigzag=is_zigzag(config.parallel))
-    model = family.build_model(config.model, ring)
+    backend = LocalSpecProvider(cp_comm_type=config.parallel.cp_comm_type, zigzag=config.parallel.zigzag)
+    model = family.build_model(config.model, backend)
 
     stages = Stages.of(model, family, config)
     boxed = stages.placed_shapes(abstract_params(model, family, config))
@@ -160,12 +161,15 @@ def _gradients_and_evaluation(
 
 
 def _optimize(mesh: Mesh, level: int) -> dict[str, Any]:
-    """Compiler options that have XLA:CPU optimize at `level` of LLVM, 0 to 3; other devices keep their own.
+    """Compiler options that have XLA:CPU optimize at `level` of LLVM, 0 to 3; other devices, and a level in the user's
+    own XLA_FLAGS, are left alone.
 
     What runs once, such as the first weights, takes far longer to compile at the usual level 3 than to run at 0; and a
     step at 2 is as fast as at 3, in four fifths of the time to compile.
     """
-    return {"xla_backend_optimization_level": level} if mesh.devices.flat[0].platform == "cpu" else {}
+    option = "xla_backend_optimization_level"
+    ours = mesh.devices.flat[0].platform == "cpu" and option not in os.environ.get("XLA_FLAGS", "")
+    return {option: level} if ours else {}
 
 
 def _length_and_schedule(config: Config, batches: BatchSchedule) -> tuple[int, Schedule]:
