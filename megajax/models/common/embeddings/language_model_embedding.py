@@ -31,7 +31,9 @@ class Embedding(nn.Module):
     def __call__(self, ids: Array) -> Array:
         """ids int [...] -> [..., D]."""
         # Only the rows of a vocabulary are divided over the mesh.
-        return vocab_parallel_embedding(self.embedding, ids) if self.axis == "vocab" else self.embedding[ids]
+        if self.axis == "vocab":
+            return vocab_parallel_embedding(self.embedding, ids)
+        return jnp.take(self.embedding, ids, axis=0)  # takes numpy parameters, too
 
 
 class LanguageModelEmbedding(nn.Module):
