@@ -162,7 +162,7 @@ def test_interrupt_leaves_nothing(tmp_path):
         deadline = time.monotonic() + 60
         while not (tmp_path / "out").is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.2)
+        time.sleep(1)  # until it reads
         run.send_signal(signal.SIGINT)
         error = run.communicate(timeout=60)[1]
     assert run.returncode == 130
