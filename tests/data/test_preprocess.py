@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -155,14 +156,16 @@ def test_interrupt_leaves_nothing(tmp_path):
     code = "import sys; from megajax.data import preprocess as p; p.os.path.isfile = lambda _: True; sys.exit(p.main())"
     command = [sys.executable, "-c", code, "--input", "pipe", "--output-prefix", "out/x"]
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(preprocess.__file__).parents[2])}
-    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    # A suite that a shell runs in the background has SIGINT ignored, and its children would inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     with open(tmp_path / "pipe", "wb") as pipe:
         pipe.write(b'{"text": "a"}\n')
         pipe.flush()
         deadline = time.monotonic() + 60
         while not (tmp_path / "out").is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(1)  # until it reads
+        time.sleep(0.2)
         run.send_signal(signal.SIGINT)
         error = run.communicate(timeout=60)[1]
     assert run.returncode == 130
