@@ -42,6 +42,8 @@ def _set_environment() -> None:
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Each collective blocks a thread, see megajax.cli.
+    os.environ.setdefault("PJRT_NPROC", "64")
     for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(pool, "1")
 
