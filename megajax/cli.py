@@ -20,7 +20,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import tyro
@@ -29,8 +29,6 @@ from megajax import __version__, cli_flags, cli_help
 from megajax.cli_flags import Flag, describe, meant, spell
 from megajax.cli_json import read_json, values_from_json
 from megajax.config import Config, ConfigError, TransformerConfig, heterogeneous_layers_from_json
-
-THREADS_PER_SIMULATED_DEVICE = 8
 
 
 class FamilyCli(Protocol):
@@ -150,7 +148,6 @@ class Parser(argparse.ArgumentParser):
 
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs a program and exits with `exit_code` of it. An exception that is a bug keeps its traceback."""
-    give_simulated_devices_threads(os.environ)
     raise SystemExit(exit_code(lambda: main(sys.argv[1:])))
 
 
@@ -172,19 +169,6 @@ def exit_code(action: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     return code
-
-
-def give_simulated_devices_threads(environ: MutableMapping[str, str]) -> None:
-    """Widens XLA's thread pool where XLA_FLAGS simulates several devices on the CPU, unless PJRT_NPROC already does.
-    Must run before JAX makes its devices.
-
-    XLA gives one thread to each device, but a collective blocks its thread and independent collectives of a device run
-    at the same time (the all-gathers of ZeRO-3): they can take all threads before the last device has come, and then
-    nobody moves. Idle threads cost nothing.
-    """
-    *_, devices = 1, *re.findall(r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", ""))
-    if int(devices) > 1:
-        environ.setdefault("PJRT_NPROC", str(THREADS_PER_SIMULATED_DEVICE * int(devices)))
 
 
 # Words to flags

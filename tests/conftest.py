@@ -17,6 +17,8 @@ XLA_FLAGS = {
     "--xla_cpu_multi_thread_eigen": "false",
     # Tests compile far longer than they compute; without LLVM's optimizer that time halves. HLO passes still all run.
     "--xla_backend_optimization_level": "0",
+    # One order of collectives on every device, see megajax/training/setup.py.
+    "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
     # Eight device threads on a busy machine may keep each other waiting for long; that is no deadlock.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "300",
 }
@@ -42,8 +44,6 @@ def _set_environment() -> None:
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # Each collective blocks a thread, see megajax.cli.
-    os.environ.setdefault("PJRT_NPROC", "64")
     for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(pool, "1")
 

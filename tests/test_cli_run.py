@@ -79,17 +79,3 @@ def test_a_closed_pipe_is_quiet(call: str) -> None:
 def test_importing_is_light() -> None:
     done = _python("import sys, megajax.cli; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("given", "threads"),
-    [
-        ({}, None),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, None),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=4"}, "32"),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PJRT_NPROC": "5"}, "5"),
-    ],
-)
-def test_simulated_devices_get_threads(given: dict[str, str], threads: str | None) -> None:
-    cli.give_simulated_devices_threads(given)
-    assert given.get("PJRT_NPROC") == threads
