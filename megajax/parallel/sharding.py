@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,6 +70,35 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty or not rules:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(axes, rules, where="an activation"))
+
+
+def gathered(weight: Array, *axes: str) -> Array:
+    """A weight with these logical axes as its product needs it: whole along "embed", which ZeRO-3 divides.
+
+    Said here, not left to XLA, which at times finds it cheaper to move activations to where the weights lie. The
+    gradient is laid out as the weight is.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    if math.prod(mesh.shape.get(axis, 1) for axis in rules.get("embed") or ()) == 1:
+        return weight
+    whole = spec_of(tuple(None if axis == "embed" else axis for axis in axes), rules)
+    return _gathered(weight, spec_of(axes, rules), whole)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(weight: Array, divided: PartitionSpec, whole: PartitionSpec) -> Array:
+    return jax.lax.with_sharding_constraint(weight, whole)
+
+
+def _gathered_forward(weight: Array, divided: PartitionSpec, whole: PartitionSpec) -> tuple[Array, None]:
+    return _gathered(weight, divided, whole), None
+
+
+def _gathered_backward(divided: PartitionSpec, whole: PartitionSpec, _: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, divided),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def merge_tokens(x: Array) -> Array:

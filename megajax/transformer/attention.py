@@ -108,7 +108,6 @@ class SelfAttention(nn.Module):
     ) -> Array:
         """x [B, S, D] -> [B, S, D]. With `decode`, keys and values go into the "cache" collection at `mask.offset`."""
         cfg, sub = self.config, self.submodules
-        x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")  # leaves sequence parallelism here
         # Flattened once: what the projections share, the backward pass then keeps once.
         x_TD, BS = merge_tokens(x_BSD), x_BSD.shape[:2]
         q_BSNK = self._heads("linear_q", "heads", cfg.num_attention_heads, x_TD, BS)
@@ -187,8 +186,6 @@ class CrossAttention(nn.Module):
             y = build(config=cfg, features=N * K, axis="heads", use_bias=bias, name=name)(inputs)
             return constrain(y.reshape(*inputs.shape[:2], N, K), "batch", "seq", "act_heads", None)
 
-        x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")
-        context_BTE = constrain(context_BTE, "batch", "seq", "act_embed")
         q_BSNK = heads(sub.linear_q, "linear_q", x_BSD)
         k_BTNK = heads(sub.linear_kv, "linear_k", context_BTE)
         v_BTNK = heads(sub.linear_kv, "linear_v", context_BTE)

@@ -1,13 +1,14 @@
 """Linear layers. Column- and row-parallel differ only in which of their dims carries the sharded logical axis."""
 
 # SPDX-License-Identifier: Apache-2.0
+# B batch, S sequence, I features of the input
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.config import TransformerConfig
 from megajax.ops.linear import linear
-from megajax.parallel.sharding import merge_tokens
+from megajax.parallel.sharding import constrain, gathered, merge_tokens
 
 Array = jax.Array
 
@@ -32,8 +33,26 @@ def zeros_init(axes: tuple[str, ...]) -> nn.initializers.Initializer:
     return nn.with_logical_partitioning(nn.initializers.zeros, axes)
 
 
+def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> Array:
+    """`linear` that keeps, between forward and backward pass, its arguments as they lie.
+
+    What is made of them for the product, a kernel that is cast or gathered by ZeRO-3, an x that is gathered from
+    sequence parallelism, is made again. A pipeline, above all, would otherwise hold it for each microbatch under way.
+    """
+
+    def product(x: Array, kernel: Array, bias: Array | None) -> Array:
+        if axes[0] == "embed" and x.ndim == 3:  # merged tokens tell that nothing divides the sequence
+            x = constrain(x, "batch", "seq", "act_embed")
+        return linear(merge_tokens(x), gathered(kernel.astype(x.dtype), *axes), bias)
+
+    # A new function each time: JAX remembers what it has traced by function, not by the sharding table in context.
+    return jax.checkpoint(product, prevent_cse=False)(x, kernel, bias).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class ColumnParallelLinear(nn.Module):
     """`x @ kernel + bias` from the hidden size to `features`, whose dim is sharded as logical axis `axis`.
+
+    Here x leaves sequence parallelism (arXiv:2205.05198): of x [B, S, I] the whole sequence is gathered.
 
     x [..., I] -> [..., features]. Kernel [I, features], bias [features], in `params_dtype`; computes in x's dtype.
     """
@@ -46,10 +65,11 @@ class ColumnParallelLinear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = jnp.dtype(self.config.params_dtype)
-        init = normal_init(init_std(self.config), ("embed", self.axis))
+        axes = ("embed", self.axis)
+        init = normal_init(init_std(self.config), axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init((self.axis,)), (self.features,), dtype) if self.use_bias else None
-        return linear(merge_tokens(x), kernel, bias).reshape(*x.shape[:-1], self.features)
+        return _linear(x, kernel, bias, axes)
 
 
 class RowParallelLinear(nn.Module):
@@ -66,7 +86,8 @@ class RowParallelLinear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = jnp.dtype(self.config.params_dtype)
-        init = normal_init(output_init_std(self.config), (self.axis, "embed"))
+        axes = (self.axis, "embed")
+        init = normal_init(output_init_std(self.config), axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init(("norm",)), (self.features,), dtype) if self.use_bias else None
-        return linear(merge_tokens(x), kernel, bias).reshape(*x.shape[:-1], self.features)
+        return _linear(x, kernel, bias, axes)

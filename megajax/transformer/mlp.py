@@ -43,7 +43,6 @@ class MLP(nn.Module):
             )(x_TD)
             return constrain(y.reshape(*x_BSD.shape[:2], -1), "batch", "seq", "act_mlp")
 
-        x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")  # leaves sequence parallelism here
         x_TD = merge_tokens(x_BSD)  # once, for gate and fc1 together
         if cfg.gated_linear_unit:
             clamp, offset = cfg.activation_func_clamp_value, cfg.glu_linear_offset
