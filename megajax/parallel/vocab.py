@@ -105,6 +105,17 @@ def vocab_parallel_embedding(table_VD: Array, ids_BS: Array) -> Array:
     return _lookup(table_VD, ids_BS, layout)
 
 
+def embedding(table_PD: Array, ids_BS: Array) -> Array:
+    """`table[ids]` like `vocab_parallel_embedding`, of a table whose rows are not divided, such as that of positions.
+
+    Every device looks up the tokens it has. Left to XLA, the gradient of a divided table would be sent to and fro.
+    """
+    layout = VocabLayout.in_context()
+    if layout is None or ids_BS.shape[0] % _shards(layout.batch):
+        return jnp.take(table_PD, ids_BS, axis=0)  # takes numpy parameters, too
+    return _lookup(table_PD, ids_BS, dataclasses.replace(layout, vocab=(), seq=layout.residual_seq))
+
+
 def _shards(axes: Axes) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in axes)

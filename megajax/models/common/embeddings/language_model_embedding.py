@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from megajax.config import ConfigError, TransformerConfig
 from megajax.parallel.sharding import constrain
-from megajax.parallel.vocab import rows_here, vocab_parallel_embedding
+from megajax.parallel.vocab import embedding, rows_here, vocab_parallel_embedding
 from megajax.transformer.linear import normal_init
 
 Array = jax.Array
@@ -31,9 +31,8 @@ class Embedding(nn.Module):
     def __call__(self, ids: Array) -> Array:
         """ids int [...] -> [..., D]."""
         # Only the rows of a vocabulary are divided over the mesh.
-        if self.axis == "vocab":
-            return vocab_parallel_embedding(self.embedding, ids)
-        return jnp.take(self.embedding, ids, axis=0)  # takes numpy parameters, too
+        lookup = vocab_parallel_embedding if self.axis == "vocab" else embedding
+        return lookup(self.embedding, ids)
 
 
 class LanguageModelEmbedding(nn.Module):
