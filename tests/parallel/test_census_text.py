@@ -267,7 +267,9 @@ def compiled() -> str:
         x, _ = jax.lax.scan(layer, x, None, length=3)
         return jax.lax.cond(jnp.sum(x) > 0, lambda: jax.lax.pmax(x, ("dp", "tp")), lambda: x)
 
-    return jax.jit(f).lower(jax.ShapeDtypeStruct((16, 32), jnp.float32)).compile().as_text()
+    text = jax.jit(f).lower(jax.ShapeDtypeStruct((16, 32), jnp.float32)).compile().as_text()
+    assert text is not None
+    return text
 
 
 def test_census_of_a_compiled_program(compiled):
