@@ -15,8 +15,16 @@ _SPLIT_OPTIONS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
-_PIPELINE_OPTIONS = ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_layout", *_SPLIT_OPTIONS)
+_PIPELINE_OPTIONS = (
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_engine",
+    "microbatch_group_size_per_vp_stage",
+    "pipeline_model_parallel_layout",
+    *_SPLIT_OPTIONS,
+)
 
+PipelineSchedule = Literal["1f1b", "gpipe", "zb-h1"]
+PipelineEngine = Literal["lockstep", "table"]
 ContextComm = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
 
@@ -38,6 +46,15 @@ class ParallelConfig:
     """Stages that the layers are divided into."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Chunks of layers on each stage (interleaved pipeline)."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """Order of forwards and backwards: 1f1b; gpipe runs all forwards first and keeps their activations; zb-h1 computes
+    the gradients of weights apart, when a stage would wait."""
+    pipeline_engine: PipelineEngine | None = None
+    """What runs the schedule. lockstep: a forward and a backward of every stage at each tick, without a branch; 1f1b
+    only; keeps up to 2 p - 1 microbatches. table: any schedule, one operation and one branch a tick; 1f1b keeps p
+    microbatches. None: lockstep for 1f1b, else table."""
+    microbatch_group_size_per_vp_stage: int | None = None
+    """Microbatches that pass one chunk before the next chunk's turn; None: the number of stages. Needs the table."""
     pipeline_model_parallel_layout: str | None = None
     """Which layers lie where, as in Megatron: `Et*3|(tt|)*29,m|L`. None divides them evenly."""
     decoder_first_pipeline_num_layers: int | None = None
@@ -84,6 +101,20 @@ class ParallelConfig:
             )
 
     def _check_pipeline(self) -> None:
+        require_positive(self, "microbatch_group_size_per_vp_stage")
+        require(
+            self.pipeline_model_parallel_size > 1 or self.pipeline_schedule == "1f1b",
+            f"pipeline_schedule={self.pipeline_schedule!r} has no effect with pipeline_model_parallel_size=1; drop it",
+        )
+        require(
+            self.pipeline_engine != "lockstep" or self.pipeline_schedule == "1f1b",
+            f"pipeline_schedule={self.pipeline_schedule!r} needs pipeline_engine='table'; leave pipeline_engine out",
+        )
+        require(
+            self.microbatch_group_size_per_vp_stage is None or self.resolved_pipeline_engine == "table",
+            f"microbatch_group_size_per_vp_stage={self.microbatch_group_size_per_vp_stage} needs"
+            " pipeline_engine='table'; set it",
+        )
         names = [name for name in _PIPELINE_OPTIONS if getattr(self, name) not in (None, False, 1)]
         if self.pipeline_model_parallel_size == 1 and names:
             value = getattr(self, names[0])
@@ -92,6 +123,11 @@ class ParallelConfig:
         others = [name for name in names if name in _SPLIT_OPTIONS]
         if layout is not None and others:
             require(False, f"{others[0]}={getattr(self, others[0])} excludes pipeline_model_parallel_layout; drop one")
+
+    @property
+    def resolved_pipeline_engine(self) -> PipelineEngine:
+        """The engine that is meant."""
+        return self.pipeline_engine or ("lockstep" if self.pipeline_schedule == "1f1b" else "table")
 
     @property
     def ulysses_size(self) -> int:

@@ -146,8 +146,9 @@ ENABLERS = {
     "--tp 2": "sequence_parallel",
     "--pp 2": (
         "num_virtual_stages_per_pipeline_rank pipeline_model_parallel_layout decoder_first_pipeline_num_layers"
-        " decoder_last_pipeline_num_layers"
+        " decoder_last_pipeline_num_layers pipeline_schedule pipeline_engine"
     ),
+    "--pp 2 --pipeline-engine table": "microbatch_group_size_per_vp_stage",
     "--optimizer sgd": "sgd_momentum",
     "--optimizer lion": "lion_beta1 lion_beta2",
     "--optimizer muon": (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # jax and flax load only when a model is built, so that the c
 
     from megajax.backends import BackendSpecProvider
     from megajax.ops.cross_entropy import FusedLoss
-    from megajax.parallel.pipeline import Pieces
+    from megajax.parallel.pipeline_pieces import Pieces
     from megajax.transformer.stack import Segment
 
     Batch = Mapping[str, jax.Array]

@@ -13,44 +13,37 @@ backwards only, so the time is (n + p - 1) (F + B) of a chunk: 1F1B's, with a bu
 
 Between forward and backward, what the derivative needs waits in a ring of 2 v p - 1 slots, whatever m is. It is what
 `jax.vjp` keeps, so the recomputation policy of the layers decides its size, and no forward is repeated unless asked.
-
-Embedding and loss belong to no stage: their table is divided over (pp, tp), and all stages work on the microbatch that
-enters or leaves.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from megajax.ops.cross_entropy import FusedLoss
-from megajax.parallel.sharding import constrain
+from megajax.parallel.pipeline_pieces import (
+    PP,
+    Ends,
+    Params,
+    Pieces,
+    Sums,
+    Work,
+    at_index,
+    by_chunk,
+    laid_out,
+    manual_specs,
+    over_stages,
+    shift,
+    zero_sums,
+)
+from megajax.parallel.pipeline_residuals import Residuals
 
 Array = jax.Array
 Tree = Any
-Batch = Mapping[str, Array]
-
-PP = "pp"
-
-
-class Pieces(NamedTuple):
-    """A model in the pieces of a tick. Keys are a microbatch's dropout key, None without dropout.
-
-    embed: (shared parameters, microbatch, key) -> x. stage: (stage parameters, rows, x, microbatch, key) -> y, where
-    rows says which layers the parameters are. loss: (shared parameters, y, microbatch, weights) -> loss. Embed and
-    loss are called on all stages alike and return the same on each.
-    """
-
-    embed: Callable[[Tree, Batch, Array | None], Array]
-    stage: Callable[[Tree, Tree, Array, Batch, Array | None], Array]
-    loss: Callable[[Tree, Array, Batch, Array], FusedLoss]
 
 
 class Item(NamedTuple):
@@ -120,32 +113,6 @@ class Lockstep:
         return Item(chunk, jnp.clip(microbatch, 0, self.microbatches - 1), slot, valid)
 
 
-class Params(NamedTuple):
-    """Parameters (or their gradients, or partition specs) in two trees.
-
-    staged: leaves [p v n, ...], divided over pp: the rows of stage 0 first, on each stage chunk after chunk.
-    shared: everything else; of these only the vocabulary's tables are divided over pp.
-    """
-
-    staged: Tree
-    shared: Tree
-
-
-class Work(NamedTuple):
-    """The microbatches of a step: arrays [m, ...] each, and the key that is folded with a microbatch's index."""
-
-    batch: Batch
-    weights: Array
-    mask: Array
-    key: Array | None
-
-    def at(self, microbatch: Array) -> Work:
-        """One microbatch of it."""
-        pick = partial(jax.lax.dynamic_index_in_dim, index=microbatch, axis=0, keepdims=False)
-        batch, weights, mask = jax.tree.map(pick, (dict(self.batch), self.weights, self.mask))
-        return Work(batch, weights, mask, None if self.key is None else jax.random.fold_in(self.key, microbatch))
-
-
 def pipeline_gradients(
     pieces: Pieces,
     schedule: Lockstep,
@@ -167,9 +134,9 @@ def pipeline_gradients(
     """
 
     def region(params: Params, rows: Tree, work: Work) -> tuple[Params, Array]:
-        return _Engine(pieces, schedule, params, rows, work).gradients(gradient_specs)
+        return _Engine(pieces, schedule, params, rows, work, gradient_specs).gradients()
 
-    return _over_stages(region, specs, out_specs=(_manual(specs), PartitionSpec()))(params, rows, work)
+    return over_stages(region, specs, out_specs=(manual_specs(specs), PartitionSpec()))(params, rows, work)
 
 
 def pipeline_loss(
@@ -180,55 +147,43 @@ def pipeline_loss(
     def region(params: Params, rows: Tree, work: Work) -> Array:
         return _Engine(pieces, schedule, params, rows, work).loss()
 
-    return _over_stages(region, specs, out_specs=PartitionSpec())(params, rows, work)
-
-
-def _over_stages(region: Callable[..., Any], specs: Params, out_specs: Any) -> Callable[..., Any]:
-    in_specs = (_manual(specs), PartitionSpec(PP), PartitionSpec())
-    return jax.shard_map(region, in_specs=in_specs, out_specs=out_specs, axis_names={PP}, check_vma=False)
-
-
-def _manual(specs: Params) -> Params:
-    """What the specs say of pp alone: the other axes stay automatic."""
-
-    def only_pp(entry: Any) -> str | None:
-        return PP if entry == PP or (isinstance(entry, tuple) and PP in entry) else None
-
-    def of_leaf(spec: PartitionSpec) -> PartitionSpec:
-        return PartitionSpec(*(only_pp(entry) for entry in spec))
-
-    return jax.tree.map(of_leaf, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return over_stages(region, specs, out_specs=PartitionSpec())(params, rows, work)
 
 
 class _Carry(NamedTuple):
     """What goes from tick to tick. x, g: from the neighbours, an input and the gradient of an output. y: the last
-    output here. ring: a slot for each item under way. gradients, total: sums so far."""
+    output here. ring: a slot for each item under way."""
 
     x: Array
     g: Array
     y: Array
     ring: Tree
-    gradients: Params
-    total: Array
+    sums: Sums
 
 
 class _Engine:
     """One stage's view of the schedule, inside the manual region."""
 
-    def __init__(self, pieces: Pieces, schedule: Lockstep, params: Params, rows: Tree, work: Work) -> None:
-        self.pieces, self.schedule, self.work = pieces, schedule, work
+    def __init__(
+        self,
+        pieces: Pieces,
+        schedule: Lockstep,
+        params: Params,
+        rows: Tree,
+        work: Work,
+        gradient_specs: Params | None = None,
+    ) -> None:
+        self.pieces, self.schedule, self.work, self.gradient_specs = pieces, schedule, work, gradient_specs
         self.stage = jax.lax.axis_index(PP)
-        self.shared = params.shared
-        split = partial(jax.tree.map, lambda a: a.reshape(schedule.chunks, -1, *a.shape[1:]))
-        self.staged, self.rows = split(params.staged), split(rows)
-        first = work.at(jnp.int32(0))
-        self.x_like = jax.eval_shape(pieces.embed, self.shared, first.batch, first.key)
-        self.residuals = Residuals.of(pieces.stage, self._chunk(jnp.int32(0)), self.x_like, first)
+        self.params = params._replace(staged=by_chunk(params.staged, schedule.chunks))
+        self.rows = by_chunk(rows, schedule.chunks)
+        self.ends = Ends(pieces, params.shared, work, schedule.stages, gradient_specs)
 
-    def gradients(self, specs: Params) -> tuple[Params, Array]:
+    def gradients(self) -> tuple[Params, Array]:
         """All ticks: forwards, forwards and backwards, backwards."""
-        schedule, self.gradient_specs = self.schedule, specs
-        start = self._start(ring=self.residuals.ring(schedule.slots))
+        schedule, first = self.schedule, jnp.int32(0)
+        self.residuals = Residuals.of(self.pieces.stage, self._chunk(first), self.ends.x_like, self.work.at(first))
+        start = self._start(self.residuals.ring(schedule.slots), zero_sums(self.params))
         turn, end = schedule.first_backward, schedule.forward_ticks
 
         def warm_up(carry: _Carry, tick: Array) -> tuple[_Carry, None]:
@@ -244,8 +199,8 @@ class _Engine:
         carry, _ = jax.lax.scan(warm_up, start, jnp.arange(0, turn))
         carry, _ = jax.lax.scan(steady, carry, jnp.arange(turn, end))
         carry, _ = jax.lax.scan(cool_down, carry, jnp.arange(end, schedule.ticks))
-        merged = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), carry.gradients.staged)
-        return carry.gradients._replace(staged=merged), carry.total
+        gradients, loss = carry.sums
+        return gradients._replace(staged=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), gradients.staged)), loss
 
     def loss(self) -> Array:
         """The forward ticks alone."""
@@ -253,40 +208,24 @@ class _Engine:
         def tick(carry: _Carry, tick: Array) -> tuple[_Carry, None]:
             carry = self._forward(carry, tick, keep=False)
             leaving = self._leaving(tick)
+            loss = carry.sums.loss + self.ends.loss(leaving.valid, leaving.microbatch, carry.y)
+            return self._send_forward(carry._replace(sums=carry.sums._replace(loss=loss))), None
 
-            def finish() -> Array:
-                work = self.work.at(leaving.microbatch)
-                y = broadcast_from(carry.y, self.schedule.stages - 1)
-                losses = self.pieces.loss(self.shared, y, work.batch, work.weights)
-                return jnp.sum(losses.per_token * work.mask)
+        start = self._start(None, Sums(Params(None, None), jnp.float32(0)))
+        carry, _ = jax.lax.scan(tick, start, jnp.arange(self.schedule.forward_ticks))
+        return carry.sums.loss
 
-            total = carry.total + jax.lax.cond(leaving.valid, finish, lambda: jnp.float32(0))
-            return self._send_forward(carry._replace(total=total)), None
-
-        carry, _ = jax.lax.scan(tick, self._start(ring=None), jnp.arange(self.schedule.forward_ticks))
-        return carry.total
-
-    def _start(self, ring: Tree) -> _Carry:
-        zeros = jnp.zeros(self.x_like.shape, self.x_like.dtype)
-        sums = Params(*jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (self.staged, self.shared)))
-        return _Carry(zeros, zeros, zeros, ring, sums if ring is not None else Params(None, None), jnp.float32(0))
+    def _start(self, ring: Tree, sums: Sums) -> _Carry:
+        zeros = jnp.zeros(self.ends.x_like.shape, self.ends.x_like.dtype)
+        return _Carry(zeros, zeros, zeros, ring, sums)
 
     def _chunk(self, chunk: Array) -> tuple[Tree, Tree]:
         """(parameters, rows) of a chunk of this stage."""
-        return jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, chunk, axis=0, keepdims=False), (self.staged, self.rows)
-        )
+        return at_index((self.params.staged, self.rows), chunk)
 
     def _forward(self, carry: _Carry, tick: Array, *, keep: bool = True) -> _Carry:
         item, entering = self.schedule.forward(tick, self.stage), self.schedule.forward(tick, 0)
-
-        def enter() -> Array:
-            work = self.work.at(entering.microbatch)
-            return _as_stream(self.pieces.embed(self.shared, work.batch, work.key))
-
-        # The same on every stage, so that they may meet inside the branch.
-        embeds = entering.valid & (entering.chunk == 0)
-        new = jax.lax.cond(embeds, enter, lambda: _as_stream(jnp.zeros_like(carry.x)))
+        new = self.ends.enter(entering.valid & (entering.chunk == 0), entering.microbatch)
         x = jnp.where((self.stage == 0) & (item.chunk == 0), new, carry.x)
         params, rows = self._chunk(item.chunk)
         work = self.work.at(item.microbatch)
@@ -305,11 +244,10 @@ class _Engine:
 
     def _backward(self, carry: _Carry, tick: Array) -> _Carry:
         item, last = self.schedule.backward(tick, self.stage), self.schedule.stages - 1
-        carry, g_last = self._finish(carry, tick)
+        leaving, entered = self._leaving(tick), self.schedule.backward(tick, 0)
+        sums, g_last = self.ends.leave(leaving.valid, leaving.microbatch, carry.y, carry.sums)
         g = jnp.where((self.stage == last) & (item.chunk == self.schedule.chunks - 1), g_last, carry.g)
-        kept = jax.tree.map(
-            lambda slots: jax.lax.dynamic_index_in_dim(slots, item.slot, axis=0, keepdims=False), carry.ring
-        )
+        kept = at_index(carry.ring, item.slot)
         d_params, dx = self.residuals.backward(
             self._chunk(item.chunk), kept, self.work.at(item.microbatch), g.astype(carry.y.dtype)
         )
@@ -318,135 +256,11 @@ class _Engine:
             gradient = jnp.where(item.valid, gradient.astype(jnp.float32), 0.0)
             return total.at[item.chunk].add(gradient)
 
-        staged = _laid_out(jax.tree.map(add, carry.gradients.staged, d_params), self.gradient_specs.staged)
-        carry = self._enter_backward(carry._replace(gradients=carry.gradients._replace(staged=staged)), tick, dx)
-        return carry._replace(g=self._shift(dx, -1))
-
-    def _finish(self, carry: _Carry, tick: Array) -> tuple[_Carry, Array]:
-        """The loss of the microbatch that leaves the last stage, and the gradient of its output."""
-        leaving = self._leaving(tick)
-        work = self.work.at(leaving.microbatch)
-
-        def finish() -> tuple[Tree, Array, Array]:
-            y = broadcast_from(carry.y, self.schedule.stages - 1)
-
-            def loss(shared: Tree, y: Array) -> tuple[Array, Array]:
-                losses = self.pieces.loss(shared, y, work.batch, work.weights)
-                return losses.weighted_sum, jnp.sum(losses.per_token * work.mask)
-
-            _, pullback, masked_sum = jax.vjp(loss, self.shared, y, has_aux=True)
-            d_shared, dy = pullback(jnp.float32(1))
-            shared = self._constrained(_added(carry.gradients.shared, d_shared))
-            return shared, carry.total + masked_sum, _as_stream(dy)
-
-        def wait() -> tuple[Tree, Array, Array]:
-            return self._constrained(carry.gradients.shared), carry.total, _as_stream(jnp.zeros_like(carry.y))
-
-        shared, total, dy = jax.lax.cond(leaving.valid, finish, wait)
-        return carry._replace(gradients=carry.gradients._replace(shared=shared), total=total), dy
-
-    def _enter_backward(self, carry: _Carry, tick: Array, dx: Array) -> _Carry:
-        """Through the embedding, for the microbatch whose first stage has just run backward."""
-        entered = self.schedule.backward(tick, 0)
-        work = self.work.at(entered.microbatch)
-
-        def embed_backward() -> Tree:
-            _, pullback = jax.vjp(lambda shared: self.pieces.embed(shared, work.batch, work.key), self.shared)
-            return self._constrained(_added(carry.gradients.shared, pullback(broadcast_from(dx, 0))[0]))
-
-        due = entered.valid & (entered.chunk == 0)
-        shared = jax.lax.cond(due, embed_backward, lambda: self._constrained(carry.gradients.shared))
-        return carry._replace(gradients=carry.gradients._replace(shared=shared))
-
-    def _constrained(self, shared: Tree) -> Tree:
-        # Both branches of a conditional must lay out what they return alike.
-        return _laid_out(shared, self.gradient_specs.shared)
+        assert self.gradient_specs is not None
+        staged = laid_out(jax.tree.map(add, sums.gradients.staged, d_params), self.gradient_specs.staged)
+        sums = sums._replace(gradients=sums.gradients._replace(staged=staged))
+        sums = self.ends.enter_backward(entered.valid & (entered.chunk == 0), entered.microbatch, dx, sums)
+        return carry._replace(sums=sums, g=shift(dx, self.schedule.stages, -1))
 
     def _send_forward(self, carry: _Carry) -> _Carry:
-        return carry._replace(x=self._shift(carry.y, 1))
-
-    def _shift(self, x: Array, by: int) -> Array:
-        stages = self.schedule.stages
-        return jax.lax.ppermute(x, PP, [(stage, (stage + by) % stages) for stage in range(stages)])
-
-
-def _laid_out(gradients: Tree, specs: Tree) -> Tree:
-    """Gradients as their specs say; in the region pp is no longer said, and staged leaves are [chunks, rows, ...]."""
-
-    def without_pp(entry: Any) -> Any:
-        entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        return tuple(axis for axis in entry if axis != PP) or None
-
-    def of_leaf(gradient: Array, spec: PartitionSpec) -> Array:
-        inner = [without_pp(entry) for entry in spec]
-        inner = [None] * (gradient.ndim - len(inner)) + inner
-        return jax.lax.with_sharding_constraint(gradient, PartitionSpec(*inner))
-
-    return jax.tree.map(of_leaf, gradients, specs)
-
-
-def _as_stream(x: Array) -> Array:
-    return constrain(x, "batch", "residual_seq", "act_embed")
-
-
-def _added(totals: Tree, gradients: Tree) -> Tree:
-    return jax.tree.map(lambda total, gradient: total + gradient.astype(jnp.float32), totals, gradients)
-
-
-def broadcast_from(x: Array, stage: int) -> Array:
-    """x of one stage, on every stage."""
-    # Bits add up exactly where all but one are zero; XLA:CPU cannot sum bf16 in a manual region.
-    bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[x.dtype.itemsize]
-    mine = jnp.where(jax.lax.axis_index(PP) == stage, jax.lax.bitcast_convert_type(x, bits), 0)
-    return jax.lax.bitcast_convert_type(jax.lax.psum(mine, PP), x.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Residuals:
-    """A stage cut into forward and backward at what its derivative keeps.
-
-    The function that `jax.vjp` returns is a pytree: its leaves are the residuals. Those that are the stage's own
-    parameters, or the microbatch, are at hand in the backward tick and need not wait in the ring.
-    """
-
-    stage: Callable[[Tree, Tree, Array, Batch, Array | None], Array]
-    structure: Any
-    sources: tuple[int | None, ...]
-    """Of each leaf: its place among the arrays at hand, or None if it has to be kept."""
-    shapes: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, stage: Any, chunk: tuple[Tree, Tree], x_like: Any, work: Work) -> Residuals:
-        """Traces the stage to see what it keeps."""
-        found: dict[str, Any] = {}
-
-        def trace(chunk: tuple[Tree, Tree], x: Array, work: Work) -> list[Array]:
-            _, leaves, found["structure"] = _pull_apart(stage, chunk, x, work)
-            known = jax.tree.leaves((chunk, work))
-            places = (next((i for i, one in enumerate(known) if one is leaf), None) for leaf in leaves)
-            found["sources"] = tuple(places)
-            return [leaf for leaf, source in zip(leaves, found["sources"], strict=True) if source is None]
-
-        shapes = jax.eval_shape(trace, chunk, x_like, work)
-        return cls(stage, found["structure"], found["sources"], tuple(shapes))
-
-    def ring(self, slots: int) -> list[Array]:
-        """Room for the residuals of so many items."""
-        return [jnp.zeros((slots, *shape.shape), shape.dtype) for shape in self.shapes]
-
-    def forward(self, chunk: tuple[Tree, Tree], x: Array, work: Work) -> tuple[Array, list[Array]]:
-        """(y, what to keep)."""
-        y, leaves, _ = _pull_apart(self.stage, chunk, x, work)
-        return y, [leaf for leaf, source in zip(leaves, self.sources, strict=True) if source is None]
-
-    def backward(self, chunk: tuple[Tree, Tree], kept: list[Array], work: Work, g: Array) -> tuple[Tree, Array]:
-        """(gradient of the parameters, gradient of x)."""
-        known, rest = jax.tree.leaves((chunk, work)), iter(kept)
-        leaves = [next(rest) if source is None else known[source] for source in self.sources]
-        return jax.tree.unflatten(self.structure, leaves)(g)
-
-
-def _pull_apart(stage: Any, chunk: tuple[Tree, Tree], x: Array, work: Work) -> tuple[Array, list[Array], Any]:
-    params, rows = chunk
-    y, pullback = jax.vjp(lambda params, x: stage(params, rows, x, work.batch, work.key), params, x)
-    return y, *jax.tree.flatten(pullback)
+        return carry._replace(x=shift(carry.y, self.schedule.stages, 1))

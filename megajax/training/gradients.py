@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ from flax import linen as nn
 from megajax.config import Config
 from megajax.models.family import Family
 from megajax.parallel import sharding
-from megajax.parallel.pipeline import Lockstep, Params, Pieces, Work, pipeline_gradients, pipeline_loss
+from megajax.parallel.pipeline import Lockstep, pipeline_gradients, pipeline_loss
+from megajax.parallel.pipeline_pieces import Params, Pieces, Work
+from megajax.parallel.pipeline_table import table_gradients
+from megajax.parallel.schedules import make_schedule
 from megajax.parallel.sharding import AxisRules
 from megajax.training.stages import Stages, merge_params, split_params
 from megajax.training.state import TrainState
@@ -24,7 +28,7 @@ Batch = Mapping[str, Array]
 GradientsFn = Callable[[TrainState, Batch], tuple[Any, Array]]
 """`(state, batch) -> (gradients of the scaled loss, sum of the masked token losses)`; arrays [M, B, ...]."""
 EvalStep = Callable[[Any, Batch], tuple[Array, Array]]
-"""`(params, batch) -> (sum of token losses, number of tokens)`; arrays [B, ...]."""
+"""`(params, batch) -> (sum of token losses, number of tokens)`; arrays [M, B, ...]."""
 
 
 def loss_weights(loss_mask_MBS: Array, *, per_token: bool, data_parallel_size: int) -> Array:
@@ -119,19 +123,31 @@ class PipelineProgram:
         axes = split_params(self._axes, self._axes)
         return Params(*(sharding.specs_of_axes(part, table) for part in axes))
 
-    def _schedule(self, microbatches: int) -> Lockstep:
+    def _lockstep(self, microbatches: int) -> Lockstep:
         parallel = self._config.parallel
         return Lockstep(
             parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank, microbatches
         )
 
+    def _engine(self, microbatches: int) -> Callable[..., tuple[Params, Array]]:
+        """Of the arguments of `pipeline_gradients` the ones after the schedule."""
+        parallel = self._config.parallel
+        if parallel.resolved_pipeline_engine == "lockstep":
+            return partial(pipeline_gradients, self._pieces, self._lockstep(microbatches))
+        schedule = make_schedule(
+            parallel.pipeline_schedule,
+            parallel.pipeline_model_parallel_size,
+            microbatches,
+            parallel.num_virtual_stages_per_pipeline_rank,
+            group=parallel.microbatch_group_size_per_vp_stage,
+        )
+        return partial(table_gradients, self._pieces, schedule)
+
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Array]:
         """See `GradientsFn`."""
         weights = _scaled_weights(state, batch["loss_mask"], self._config, self._data_parallel_size)
         work = Work(dict(batch), weights, batch["loss_mask"], _dropout_key(state, self._config))
-        grads, loss_sum = pipeline_gradients(
-            self._pieces,
-            self._schedule(weights.shape[0]),
+        grads, loss_sum = self._engine(weights.shape[0])(
             split_params(state.params, self._axes),
             self._stages.rows(),
             work,
@@ -142,14 +158,13 @@ class PipelineProgram:
 
     def evaluate(self, params: Any, batch: Batch) -> tuple[Array, Array]:
         """See `EvalStep`."""
-        batch = jax.tree.map(lambda a: a[None], dict(batch))
         mask = batch["loss_mask"]
         loss_sum = pipeline_loss(
             self._pieces,
-            self._schedule(1),
+            self._lockstep(mask.shape[0]),
             split_params(params, self._axes),
             self._stages.rows(),
-            Work(batch, mask, mask, None),
+            Work(dict(batch), mask, mask, None),
             specs=self._specs,
         )
         return loss_sum, jnp.sum(mask)
@@ -159,7 +174,9 @@ def make_eval_step(model: nn.Module, family: Family) -> EvalStep:
     """Without a pipeline."""
 
     def step(params: Any, batch: Batch) -> tuple[Array, Array]:
-        losses = family.loss(model, params, batch, batch["loss_mask"], dropout_key=None)
-        return losses.weighted_sum, jnp.sum(batch["loss_mask"])
+        def microbatch_loss(microbatch: Batch) -> Array:
+            return family.loss(model, params, microbatch, microbatch["loss_mask"], dropout_key=None).weighted_sum
+
+        return jnp.sum(jax.lax.map(microbatch_loss, dict(batch))), jnp.sum(batch["loss_mask"])
 
     return step

@@ -3,10 +3,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -212,13 +213,24 @@ class Evaluator:
             process_rows=process_rows(program),
         )
         total, tokens = 0.0, 0.0
+        size = program.eval_microbatches
         with on_mesh(program):
             results = [
-                program.eval_step(params, place_batch(program, batch, num_microbatches=None)) for batch in batches
+                program.eval_step(params, place_batch(program, together, num_microbatches=size))
+                for together in _grouped(batches, size)
             ]
         for loss_sum, count in results:
             total, tokens = total + float(loss_sum), tokens + float(count)
         return total / max(tokens, 1.0)
+
+
+def _grouped(batches: Iterable[dict[str, np.ndarray]], size: int) -> Iterator[dict[str, np.ndarray]]:
+    """`size` batches after each other as one; the last is filled up with rows that count nothing."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, size)):
+        empty = {name: np.zeros_like(array) if name == "loss_mask" else array for name, array in group[0].items()}
+        group += [empty] * (size - len(group))
+        yield {name: np.concatenate([batch[name] for batch in group]) for name in empty}
 
 
 class _Reporter:

@@ -42,7 +42,8 @@ class Program(NamedTuple):
     """The compiled side of a run.
 
     axes, shardings: trees like the state. train_step: `(state, batch) -> (state, metrics)`, donates the state; batch
-    arrays [M, B, ...]. eval_step: `(params, batch) -> (loss sum, tokens)`; batch arrays [B, ...].
+    arrays [M, B, ...]. eval_step: `(params, batch) -> (loss sum, tokens)`; batch arrays [M, B, ...].
+    eval_microbatches: M of the evaluations of a run.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Program(NamedTuple):
     create_state: Callable[[], TrainState]
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    eval_microbatches: int
 
 
 def fit_config(config: Config, tokenizer: Tokenizer) -> Config:
@@ -133,15 +135,22 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
         abstract_state=jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
         ),
-        create_state=jax.jit(create, out_shardings=places, compiler_options=_optimize(mesh, 0)),
+        create_state=jax.jit(create, out_shardings=places, compiler_options=_compiler_options(mesh, 0)),
         train_step=jax.jit(
             train_step,
             donate_argnums=0,
             out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
-            compiler_options=_optimize(mesh, 2),
+            compiler_options=_compiler_options(mesh, 2),
         ),
-        eval_step=jax.jit(eval_step),
+        eval_step=jax.jit(eval_step, compiler_options=_compiler_options(mesh, 2)),
+        eval_microbatches=_eval_microbatches(config),
     )
+
+
+def _eval_microbatches(config: Config) -> int:
+    """Enough to keep the stages of a pipeline busy four fifths of the time."""
+    stages = config.parallel.pipeline_model_parallel_size
+    return 1 if stages == 1 else max(1, min(config.train.eval_iters, 4 * stages))
 
 
 def _gradients_and_evaluation(
@@ -160,16 +169,22 @@ def _gradients_and_evaluation(
     return gradients, make_eval_step(model, family)
 
 
-def _optimize(mesh: Mesh, level: int) -> dict[str, Any]:
-    """Compiler options that have XLA:CPU optimize at `level` of LLVM, 0 to 3; other devices, and a level in the user's
-    own XLA_FLAGS, are left alone.
+def _compiler_options(mesh: Mesh, level: int) -> dict[str, Any]:
+    """Options for XLA:CPU, which optimizes at `level` of LLVM, 0 to 3; other devices, and what the user's own XLA_FLAGS
+    set, are left alone.
 
     What runs once, such as the first weights, takes far longer to compile at the usual level 3 than to run at 0; and a
     step at 2 is as fast as at 3, in four fifths of the time to compile.
+
+    Several devices of one process must meet at their collectives in one order. By default independent instructions run
+    as threads become free, each device in an order of its own: some wait in one collective, some in another, for ever.
     """
-    option = "xla_backend_optimization_level"
-    ours = mesh.devices.flat[0].platform == "cpu" and option not in os.environ.get("XLA_FLAGS", "")
-    return {option: level} if ours else {}
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    options: dict[str, Any] = {"xla_backend_optimization_level": level}
+    if mesh.size > 1:
+        options["xla_cpu_enable_concurrency_optimized_scheduler"] = False
+    return {option: value for option, value in options.items() if option not in os.environ.get("XLA_FLAGS", "")}
 
 
 def _length_and_schedule(config: Config, batches: BatchSchedule) -> tuple[int, Schedule]:

@@ -20,8 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from megajax.checkpoint.tree import spread_evenly
 from megajax.config import Config
 from megajax.models.family import Family
-from megajax.parallel.pipeline import Params
 from megajax.parallel.pipeline_layout import parse_layout, split_layers
+from megajax.parallel.pipeline_pieces import Params
 from megajax.parallel.sharding import is_box
 from megajax.transformer.block import StackRows
 from megajax.transformer.stages import PADDING, Placement, StackPlacement, place_layers

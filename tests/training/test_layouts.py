@@ -27,6 +27,8 @@ class Layout:
     sp: bool = False
     pp: int = 1
     vpp: int = 1
+    schedule: str = "1f1b"
+    engine: str | None = None
     pipeline: str | None = None
     first: int | None = None
     cp: int = 1
@@ -89,6 +91,11 @@ LAYOUTS = [
     Layout(pp=2, cp=2, tp=2, sp=True, model="untied"),
     Layout(pp=2, cp=2, comm="a2a", vpp=2, zero=3),
     Layout(pp=2, ep=2, zero=3, copies=2, model="untied"),
+    Layout(devices=2, pp=2, vpp=2, engine="table", batch=6, mbs=2),
+    Layout(pp=2, tp=2, sp=True, zero=2, engine="table", model="untied"),
+    Layout(devices=4, pp=4, schedule="zb-h1", zero=0, model="untied"),
+    Layout(pp=2, cp=2, tp=2, sp=True, schedule="zb-h1"),
+    Layout(devices=4, pp=2, schedule="gpipe", zero=3, mbs=2),
 ]
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -126,6 +133,8 @@ def _config(layout: Layout, **model: Any) -> Config:
             sequence_parallel=layout.sp,
             pipeline_model_parallel_size=layout.pp,
             num_virtual_stages_per_pipeline_rank=layout.vpp,
+            pipeline_schedule=layout.schedule,  # type: ignore[arg-type]
+            pipeline_engine=layout.engine,  # type: ignore[arg-type]
             pipeline_model_parallel_layout=layout.pipeline,
             decoder_first_pipeline_num_layers=layout.first,
             context_parallel_size=layout.cp,

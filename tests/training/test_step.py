@@ -183,7 +183,7 @@ def test_a_spike_is_skipped():
 
 def test_evaluation_sums_losses_and_tokens():
     state, _ = _state_and_step(_config())
-    batch = {name: a[0] for name, a in _batch().items()}
+    batch = _batch()
     total, count = make_eval_step(None, TABLE_FAMILY)(state.params, batch)  # type: ignore[arg-type]
     losses = _numpy_losses(_table(state), batch["tokens"], batch["labels"])
     np.testing.assert_allclose(total, (losses * batch["loss_mask"]).sum(), rtol=1e-6)

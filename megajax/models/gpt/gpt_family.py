@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megajax.backends import BackendSpecProvider
     from megajax.models.family import Batch
     from megajax.ops.cross_entropy import FusedLoss
-    from megajax.parallel.pipeline import Pieces
+    from megajax.parallel.pipeline_pieces import Pieces
     from megajax.transformer.stack import Segment
 
 DEFAULT = Config(
@@ -78,7 +78,7 @@ def loss(
 
 def pipeline_pieces(model: nn.Module) -> Pieces:
     """Embedding, layers and loss; see `megajax.models.family.Family.pipeline_pieces`."""
-    from megajax.parallel.pipeline import Pieces
+    from megajax.parallel.pipeline_pieces import Pieces
 
     def rngs(key: jax.Array | None) -> dict[str, Any]:
         return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}

@@ -1,0 +1,211 @@
+"""What the engines of a pipeline have in common: the pieces of a model, its parameters in two trees, and its two ends.
+
+Embedding and loss belong to no stage: their table is divided over (pp, tp), and all stages work on the microbatch that
+enters or leaves.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from megajax.ops.cross_entropy import FusedLoss
+from megajax.parallel.sharding import constrain
+
+Array = jax.Array
+Tree = Any
+Batch = Mapping[str, Array]
+
+PP = "pp"
+
+
+class Pieces(NamedTuple):
+    """A model in the pieces of a tick. Keys are a microbatch's dropout key, None without dropout.
+
+    embed: (shared parameters, microbatch, key) -> x. stage: (stage parameters, rows, x, microbatch, key) -> y, where
+    rows says which layers the parameters are. loss: (shared parameters, y, microbatch, weights) -> loss. Embed and
+    loss are called on all stages alike and return the same on each.
+    """
+
+    embed: Callable[[Tree, Batch, Array | None], Array]
+    stage: Callable[[Tree, Tree, Array, Batch, Array | None], Array]
+    loss: Callable[[Tree, Array, Batch, Array], FusedLoss]
+
+
+class Params(NamedTuple):
+    """Parameters (or their gradients, or partition specs) in two trees.
+
+    staged: leaves [p v n, ...], divided over pp: the rows of stage 0 first, on each stage chunk after chunk.
+    shared: everything else; of these only the vocabulary's tables are divided over pp.
+    """
+
+    staged: Tree
+    shared: Tree
+
+
+class Work(NamedTuple):
+    """The microbatches of a step: arrays [m, ...] each, and the key that is folded with a microbatch's index."""
+
+    batch: Batch
+    weights: Array
+    mask: Array
+    key: Array | None
+
+    def at(self, microbatch: Array) -> Work:
+        """One microbatch of it."""
+        batch, weights, mask = at_index((dict(self.batch), self.weights, self.mask), microbatch)
+        return Work(batch, weights, mask, None if self.key is None else jax.random.fold_in(self.key, microbatch))
+
+
+class Sums(NamedTuple):
+    """What adds up over the microbatches: gradients of the parameters in fp32, and the sum of the masked losses."""
+
+    gradients: Params
+    loss: Array
+
+
+class Ends:
+    """Embedding and loss, worked on by all stages together. `due` must be the same on every stage."""
+
+    def __init__(self, pieces: Pieces, shared: Tree, work: Work, stages: int, gradient_specs: Params | None) -> None:
+        self._pieces, self._shared, self._work, self._stages = pieces, shared, work, stages
+        self._specs = gradient_specs
+        first = work.at(jnp.int32(0))
+        self.x_like = jax.eval_shape(pieces.embed, shared, first.batch, first.key)
+        """Shape of what goes from stage to stage."""
+
+    def enter(self, due: Array, microbatch: Array) -> Array:
+        """What stage 0 takes in, or zeros."""
+
+        def embed() -> Array:
+            work = self._work.at(microbatch)
+            return as_stream(self._pieces.embed(self._shared, work.batch, work.key))
+
+        return jax.lax.cond(due, embed, self._zeros)
+
+    def leave(self, due: Array, microbatch: Array, y: Array, sums: Sums) -> tuple[Sums, Array]:
+        """The loss of the microbatch whose y is the last stage's: (sums, gradient of y or zeros)."""
+
+        def finish() -> tuple[Tree, Array, Array]:
+            work = self._work.at(microbatch)
+
+            def loss(shared: Tree, y: Array) -> tuple[Array, Array]:
+                losses = self._pieces.loss(shared, y, work.batch, work.weights)
+                return losses.weighted_sum, jnp.sum(losses.per_token * work.mask)
+
+            y_last = broadcast_from(y, self._stages - 1)
+            _, pullback, masked_sum = jax.vjp(loss, self._shared, y_last, has_aux=True)
+            d_shared, dy = pullback(jnp.float32(1))
+            return self._laid_out(added(sums.gradients.shared, d_shared)), sums.loss + masked_sum, as_stream(dy)
+
+        def wait() -> tuple[Tree, Array, Array]:
+            return self._laid_out(sums.gradients.shared), sums.loss, self._zeros()
+
+        shared, loss, dy = jax.lax.cond(due, finish, wait)
+        return Sums(sums.gradients._replace(shared=shared), loss), dy
+
+    def loss(self, due: Array, microbatch: Array, y: Array) -> Array:
+        """The masked loss alone, or 0."""
+
+        def finish() -> Array:
+            work = self._work.at(microbatch)
+            losses = self._pieces.loss(self._shared, broadcast_from(y, self._stages - 1), work.batch, work.weights)
+            return jnp.sum(losses.per_token * work.mask)
+
+        return jax.lax.cond(due, finish, lambda: jnp.float32(0))
+
+    def enter_backward(self, due: Array, microbatch: Array, dx: Array, sums: Sums) -> Sums:
+        """Through the embedding, for the microbatch whose dx is stage 0's."""
+
+        def backward() -> Tree:
+            work = self._work.at(microbatch)
+            _, pullback = jax.vjp(lambda shared: self._pieces.embed(shared, work.batch, work.key), self._shared)
+            return self._laid_out(added(sums.gradients.shared, pullback(broadcast_from(dx, 0))[0]))
+
+        shared = jax.lax.cond(due, backward, lambda: self._laid_out(sums.gradients.shared))
+        return sums._replace(gradients=sums.gradients._replace(shared=shared))
+
+    def _zeros(self) -> Array:
+        return as_stream(jnp.zeros(self.x_like.shape, self.x_like.dtype))
+
+    def _laid_out(self, shared: Tree) -> Tree:
+        # Both branches of a conditional must lay out what they return alike.
+        return shared if self._specs is None else laid_out(shared, self._specs.shared)
+
+
+def zero_sums(params: Params) -> Sums:
+    """Nothing added yet."""
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), tuple(params))
+    return Sums(Params(*zeros), jnp.float32(0))
+
+
+def by_chunk(tree: Tree, chunks: int) -> Tree:
+    """Leaves [v n, ...] of a stage to [v, n, ...]."""
+    return jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), tree)
+
+
+def at_index(tree: Tree, index: Array) -> Tree:
+    """Row `index` of every leaf."""
+    return jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False), tree)
+
+
+def shift(x: Array, stages: int, by: int) -> Array:
+    """x of the stage `by` before; the stages are a ring."""
+    return jax.lax.ppermute(x, PP, [(stage, (stage + by) % stages) for stage in range(stages)])
+
+
+def over_stages(region: Callable[..., Any], specs: Params, out_specs: Any) -> Callable[..., Any]:
+    """`region(params, rows, work)` as a manual region over pp, so that it sees one stage's part of params and rows."""
+    in_specs = (manual_specs(specs), PartitionSpec(PP), PartitionSpec())
+    return jax.shard_map(region, in_specs=in_specs, out_specs=out_specs, axis_names={PP}, check_vma=False)
+
+
+def manual_specs(specs: Params) -> Params:
+    """What the specs say of pp alone: the other axes stay automatic."""
+
+    def only_pp(entry: Any) -> str | None:
+        return PP if entry == PP or (isinstance(entry, tuple) and PP in entry) else None
+
+    def of_leaf(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(only_pp(entry) for entry in spec))
+
+    return jax.tree.map(of_leaf, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def laid_out(gradients: Tree, specs: Tree) -> Tree:
+    """Gradients as their specs say; in the region pp is no longer said, and staged leaves are [chunks, rows, ...]."""
+
+    def without_pp(entry: Any) -> Any:
+        entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        return tuple(axis for axis in entry if axis != PP) or None
+
+    def of_leaf(gradient: Array, spec: PartitionSpec) -> Array:
+        inner = [without_pp(entry) for entry in spec]
+        inner = [None] * (gradient.ndim - len(inner)) + inner
+        return jax.lax.with_sharding_constraint(gradient, PartitionSpec(*inner))
+
+    return jax.tree.map(of_leaf, gradients, specs)
+
+
+def as_stream(x: Array) -> Array:
+    """x laid out as the residual stream."""
+    return constrain(x, "batch", "residual_seq", "act_embed")
+
+
+def added(totals: Tree, gradients: Tree) -> Tree:
+    """fp32 totals plus gradients."""
+    return jax.tree.map(lambda total, gradient: total + gradient.astype(jnp.float32), totals, gradients)
+
+
+def broadcast_from(x: Array, stage: int) -> Array:
+    """x of one stage, on every stage."""
+    # Bits add up exactly where all but one are zero; XLA:CPU cannot sum bf16 in a manual region.
+    bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[x.dtype.itemsize]
+    mine = jnp.where(jax.lax.axis_index(PP) == stage, jax.lax.bitcast_convert_type(x, bits), 0)
+    return jax.lax.bitcast_convert_type(jax.lax.psum(mine, PP), x.dtype)

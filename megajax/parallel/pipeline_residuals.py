@@ -1,0 +1,114 @@
+"""A pipeline stage cut into forward and backward, so that a ring between them holds what its derivative needs."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from megajax.parallel.pipeline_pieces import Batch, Work
+from megajax.parallel.split_backward import Split, split
+
+Array = jax.Array
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """A stage cut into forward and backward at what its derivative keeps.
+
+    The function that `jax.vjp` returns is a pytree: its leaves are the residuals. Those that are the stage's own
+    parameters, or the microbatch, are at hand in the backward tick and need not wait in the ring.
+    """
+
+    stage: Callable[[Tree, Tree, Array, Batch, Array | None], Array]
+    structure: Any
+    sources: tuple[int | None, ...]
+    """Of each leaf: its place among the arrays at hand, or None if it has to be kept."""
+    shapes: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, stage: Any, chunk: tuple[Tree, Tree], x_like: Any, work: Work) -> Residuals:
+        """Traces the stage to see what it keeps."""
+        found: dict[str, Any] = {}
+
+        def trace(chunk: tuple[Tree, Tree], x: Array, work: Work) -> list[Array]:
+            _, leaves, found["structure"] = _pull_apart(stage, chunk, x, work)
+            known = jax.tree.leaves((chunk, work))
+            places = (next((i for i, one in enumerate(known) if one is leaf), None) for leaf in leaves)
+            found["sources"] = tuple(places)
+            return [leaf for leaf, source in zip(leaves, found["sources"], strict=True) if source is None]
+
+        shapes = jax.eval_shape(trace, chunk, x_like, work)
+        return cls(stage, found["structure"], found["sources"], tuple(shapes))
+
+    def ring(self, slots: int) -> list[Array]:
+        """Room for the residuals of so many items."""
+        return [jnp.zeros((slots, *shape.shape), shape.dtype) for shape in self.shapes]
+
+    def forward(self, chunk: tuple[Tree, Tree], x: Array, work: Work) -> tuple[Array, list[Array]]:
+        """(y, what to keep)."""
+        y, leaves, _ = _pull_apart(self.stage, chunk, x, work)
+        return y, [leaf for leaf, source in zip(leaves, self.sources, strict=True) if source is None]
+
+    def backward(self, chunk: tuple[Tree, Tree], kept: list[Array], work: Work, g: Array) -> tuple[Tree, Array]:
+        """(gradient of the parameters, gradient of x)."""
+        known, rest = jax.tree.leaves((chunk, work)), iter(kept)
+        leaves = [next(rest) if source is None else known[source] for source in self.sources]
+        return jax.tree.unflatten(self.structure, leaves)(g)
+
+
+def _pull_apart(stage: Any, chunk: tuple[Tree, Tree], x: Array, work: Work) -> tuple[Array, list[Array], Any]:
+    params, rows = chunk
+    y, pullback = jax.vjp(lambda params, x: stage(params, rows, x, work.batch, work.key), params, x)
+    return y, *jax.tree.flatten(pullback)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitResiduals:
+    """`Residuals` whose backward is cut once more: the gradient of x now, those of the parameters later."""
+
+    whole: Residuals
+    cut: Split
+
+    @classmethod
+    def of(cls, whole: Residuals, chunk: tuple[Tree, Tree], x_like: Any, work: Work) -> SplitResiduals:
+        """Traces the backward pass to see which part needs what."""
+        known, structure = jax.tree.flatten((chunk, work))
+
+        def backward(*args: Array) -> list[Array]:
+            chunk, work = jax.tree.unflatten(structure, args[: len(known)])
+            d_params, dx = whole.backward(chunk, list(args[len(known) : -1]), work, args[-1])
+            return [dx, *jax.tree.leaves(d_params)]
+
+        args = (*known, *whole.shapes, x_like)
+        is_first = [True] + [False] * len(jax.tree.leaves(chunk[0]))
+        at_hand = [True] * (len(args) - 1) + [False]
+        return cls(whole, split(backward, *args, is_first=is_first, at_hand=at_hand))
+
+    @property
+    def longer(self) -> tuple[bool, ...]:
+        """Of each array that the forward keeps whether the gradients of the parameters need it."""
+        return self.cut.later_arguments[-1 - len(self.whole.shapes) : -1]
+
+    def ring(self, slots: int) -> list[Array]:
+        """Room for what `input_gradient` sets aside."""
+        return [jnp.zeros((slots, *shape.shape), shape.dtype) for shape in self.cut.aside]
+
+    def input_gradient(
+        self, chunk: tuple[Tree, Tree], kept: list[Array], work: Work, g: Array
+    ) -> tuple[Array, list[Array]]:
+        """(gradient of x, what to set aside)."""
+        [dx], aside = self.cut.first(*jax.tree.leaves((chunk, work)), *kept, g)
+        return dx, aside
+
+    def parameter_gradients(
+        self, chunk: tuple[Tree, Tree], kept: list[Array | None], work: Work, aside: list[Array]
+    ) -> Tree:
+        """Gradients of the parameters; of `kept`, only the `longer` ones are read."""
+        gradients = self.cut.second(*jax.tree.leaves((chunk, work)), *kept, None, aside=aside)
+        return jax.tree.unflatten(jax.tree.structure(chunk[0]), gradients)

@@ -1,0 +1,164 @@
+"""What an engine reads at each tick of a schedule: operations, slots of its buffers, and what arrives from where."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from megajax.parallel.schedules import KINDS, Kind, Op, Schedule
+
+NONE = -1
+"""Instead of a slot or a microbatch: there is none."""
+
+_At = tuple[int, int]
+"""(chunk, microbatch) on a stage."""
+_Ticks = dict[tuple[Kind, int, int, int], int]
+"""When (kind, stage, chunk, microbatch) runs."""
+
+
+class StageTicks(NamedTuple):
+    """Of each tick and stage, int32 [ticks, stages]; slots are NONE where nothing is read or written.
+
+    kind: 0 idle, 1 F, 2 B, 3 W. input: F's input; NONE where the model is entered. gradient: what B starts from. saved,
+    saved_longer: what F keeps until B, and until W. aside: what B keeps for W. arriving_input, arriving_gradient: where
+    what the neighbours sent at the tick before belongs. leaving: where the gradient of this F's loss belongs.
+    """
+
+    kind: np.ndarray
+    chunk: np.ndarray
+    microbatch: np.ndarray
+    input: np.ndarray
+    gradient: np.ndarray
+    saved: np.ndarray
+    saved_longer: np.ndarray
+    aside: np.ndarray
+    arriving_input: np.ndarray
+    arriving_gradient: np.ndarray
+    leaving: np.ndarray
+
+
+class Events(NamedTuple):
+    """Of each tick, int32 [ticks]: the microbatch that all stages embed for stage 0, whose loss they work out, and
+    whose gradient they lead through the embedding, or NONE; and whether (0, 1) any stage sends to the next, or back."""
+
+    enters: np.ndarray
+    leaves: np.ndarray
+    returns: np.ndarray
+    sends_forward: np.ndarray
+    sends_backward: np.ndarray
+
+
+class Slots(NamedTuple):
+    """Lengths of the buffers: as few as the busiest stage can do with."""
+
+    input: int
+    gradient: int
+    saved: int
+    saved_longer: int
+    aside: int
+
+
+class Plan(NamedTuple):
+    """A schedule as arrays."""
+
+    stage_ticks: StageTicks
+    events: Events
+    slots: Slots
+
+
+def plan_ticks(schedule: Schedule) -> Plan:
+    """A valid schedule as arrays."""
+    shape = (schedule.ticks, schedule.stages)
+    arrays = StageTicks(np.zeros(shape, np.int32), *(np.full(shape, NONE, np.int32) for _ in StageTicks._fields[1:]))
+    arrays.kind[:], arrays.chunk[:], arrays.microbatch[:] = schedule.arrays()
+    ticks: _Ticks = {
+        (op.kind, stage, op.chunk, op.microbatch): tick
+        for tick, row in enumerate(schedule.table)
+        for stage, op in enumerate(row)
+        if op is not None
+    }
+    lengths = dict.fromkeys(Slots._fields, 0)
+    for stage in range(schedule.stages):
+        for buffer, held in _held(schedule, ticks, stage).items():
+            slots = _assign({at: (begin, end) for at, (begin, end, _) in held.items()})
+            lengths[buffer] = max(lengths[buffer], 1 + max(slots.values(), default=-1))
+            for at, (_, _, uses) in held.items():
+                for name, tick in uses:
+                    getattr(arrays, name)[tick, stage] = slots[at]
+    return Plan(arrays, _events(schedule), Slots(**lengths))
+
+
+_Held = dict[_At, tuple[int, int, list[tuple[str, int]]]]
+"""(first tick, last tick, where the slot is to be written down) of what a buffer holds."""
+
+
+def _held(schedule: Schedule, ticks: _Ticks, stage: int) -> dict[str, _Held]:
+    """What the buffers of a stage hold, and when."""
+    last_stage, last = schedule.stages - 1, schedule.virtual_stages - 1
+    held: dict[str, _Held] = {name: {} for name in Slots._fields}
+    for chunk, i in np.ndindex(schedule.chunks, schedule.microbatches):
+        here = chunk * schedule.stages + stage
+        f, b = ticks["F", stage, chunk, i], ticks["B", stage, chunk, i]
+        if here > 0:
+            sent = ticks["F", *reversed(divmod(here - 1, schedule.stages)), i]
+            held["input"][chunk, i] = (sent + 1, f, [("arriving_input", sent + 1), ("input", f)])
+        if here < last:
+            sent = ticks["B", *reversed(divmod(here + 1, schedule.stages)), i]
+            held["gradient"][chunk, i] = (sent + 1, b, [("arriving_gradient", sent + 1), ("gradient", b)])
+        else:
+            assert stage == last_stage
+            held["gradient"][chunk, i] = (f + 1, b, [("leaving", f), ("gradient", b)])
+        held["saved"][chunk, i] = (f, b, [("saved", f), ("saved", b)])
+        if schedule.splits_backward:
+            w = ticks["W", stage, chunk, i]
+            held["saved_longer"][chunk, i] = (f, w, [("saved_longer", t) for t in (f, b, w)])
+            held["aside"][chunk, i] = (b, w, [("aside", b), ("aside", w)])
+    return held
+
+
+def _assign(intervals: dict[_At, tuple[int, int]]) -> dict[_At, int]:
+    """A slot for each interval of ticks, ends included, so that no two of a slot overlap; as few slots as possible."""
+    slots: dict[_At, int] = {}
+    busy: list[tuple[int, int]] = []
+    free: list[int] = []
+    used = 0
+    for at, (begin, end) in sorted(intervals.items(), key=lambda item: item[1]):
+        while busy and busy[0][0] < begin:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        if free:
+            slots[at] = heapq.heappop(free)
+        else:
+            slots[at], used = used, used + 1
+        heapq.heappush(busy, (end, slots[at]))
+    return slots
+
+
+def _events(schedule: Schedule) -> Events:
+    first, last = 0, schedule.virtual_stages - 1
+
+    def virtual(stage: int, op: Op) -> int:
+        return op.chunk * schedule.stages + stage
+
+    def microbatch(ops: Iterable[tuple[int, Op]], kind: Kind, at: int) -> int:
+        return next((op.microbatch for stage, op in ops if op.kind == kind and virtual(stage, op) == at), NONE)
+
+    rows = []
+    for row in schedule.table:
+        ops = [(stage, op) for stage, op in enumerate(row) if op is not None]
+        rows.append(
+            (
+                microbatch(ops, "F", first),
+                microbatch(ops, "F", last),
+                microbatch(ops, "B", first),
+                any(op.kind == "F" and virtual(stage, op) != last for stage, op in ops),
+                any(op.kind == "B" and virtual(stage, op) != first for stage, op in ops),
+            )
+        )
+    return Events(*np.array(rows, np.int32).T)
+
+
+assert KINDS == ("F", "B", "W"), "StageTicks.kind says so"
