@@ -40,7 +40,8 @@ class Collective:
       axes: the mesh axes that its groups span, outermost first, those of size 1 left out; of a permute, the axes along
         which something moves. None if the groups are no product of whole axes, as where XLA splits an axis in two.
       group_size: devices that take part together.
-      operand_bytes, result_bytes: of one device and one execution; what XLA combined into one collective is added up.
+      arrays: how many XLA combined into this one collective.
+      operand_bytes, result_bytes: of one device and one execution, all arrays together.
       loops: trip counts of the loops around it, outermost first; None where the program does not know.
       conditional: whether it stands in a branch, and may run less often than `times` says.
       op_name: where in the JAX program it comes from, as XLA remembers it: if not of itself, then of its first operand.
@@ -50,6 +51,7 @@ class Collective:
     kind: Kind
     axes: tuple[str, ...] | None
     group_size: int
+    arrays: int
     operand_bytes: int
     result_bytes: int
     loops: tuple[int | None, ...]
@@ -250,7 +252,7 @@ def _collective(
     else:
         axes, size = _spanned(_written("replica_groups=", instruction), mesh_shape)
     operands = instruction.operands
-    if kind in ("ragged-all-to-all", "collective-permute"):
+    if kind == "ragged-all-to-all" or "slice_sizes=" in instruction.attributes or instruction.opcode == "send":
         operands = operands[:1]  # the others say where things go
     # Not from the shape of the result: that of an asynchronous start holds operands and more.
     operand_bytes = sum(_bytes(instruction.beside[name].shape) for name in operands)
@@ -264,6 +266,8 @@ def _collective(
         kind=kind,
         axes=axes,
         group_size=size,
+        # Of an all-to-all, the parts for each device may be operands of their own.
+        arrays=len(operands) // size if kind == "all-to-all" and len(operands) > 1 else len(operands),
         operand_bytes=operand_bytes,
         result_bytes=result_bytes,
         loops=where.loops,

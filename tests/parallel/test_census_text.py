@@ -115,6 +115,22 @@ TP_GROUPS = "replica_groups=[2,4]<=[8]"
             (128, 128, 128),
         ),
         (
+            "%x = ((f32[8,4]{1,0}, bf16[16]{0}), (f32[8,4]{1,0}, bf16[16]{0})) collective-permute-start(%p, %q),"
+            " source_target_pairs={{0,1},{1,0}}",
+            "collective-permute",
+            (160, 160, 160),
+        ),
+        (
+            "%x = f32[8,4]{1,0} collective-permute(%p, %p, %q, %q), source_target_pairs={{0,1}}, slice_sizes={{8,4}}",
+            "collective-permute",
+            (128, 128, 128),
+        ),
+        (
+            f"%x = (bf16[16], bf16[16], bf16[16], bf16[16]) all-to-all(%q, %q, %q, %q), {TP_GROUPS}",
+            "all-to-all",
+            (128, 128, 96),
+        ),
+        (
             f"%x = f32[8,4]{{1,0}} ragged-all-to-all(%p, %p, %q, %q, %q, %q), {TP_GROUPS}",
             "ragged-all-to-all",
             (128, 128, 96),
@@ -132,6 +148,7 @@ def test_bytes(line, kind, sizes):
     found = _only(line, "%done = f32[8,4]{1,0} all-reduce-done(%x)")
     assert (found.kind, (found.operand_bytes, found.result_bytes, found.bytes_sent)) == (kind, sizes)
     assert (found.name, found.loops, found.times, found.conditional) == ("x", (), 1, False)
+    assert found.arrays == 1 + (sizes[0] == 160)
 
 
 @pytest.mark.parametrize(
