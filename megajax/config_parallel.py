@@ -52,7 +52,7 @@ class ParallelConfig:
     pipeline_engine: PipelineEngine | None = None
     """What runs the schedule. lockstep: a forward and a backward of every stage at each tick, without a branch; 1f1b
     only; keeps up to 2 p - 1 microbatches. table: any schedule, one operation and one branch a tick; 1f1b keeps p
-    microbatches. None: lockstep for 1f1b, else table."""
+    microbatches; no ring of context parallelism. None: lockstep for 1f1b, else table."""
     microbatch_group_size_per_vp_stage: int | None = None
     """Microbatches that pass one chunk before the next chunk's turn; None: the number of stages. Needs the table."""
     pipeline_model_parallel_layout: str | None = None
@@ -109,6 +109,22 @@ class ParallelConfig:
         require(
             self.pipeline_engine != "lockstep" or self.pipeline_schedule == "1f1b",
             f"pipeline_schedule={self.pipeline_schedule!r} needs pipeline_engine='table'; leave pipeline_engine out",
+        )
+        chunks, group = self.num_virtual_stages_per_pipeline_rank, self.microbatch_group_size_per_vp_stage
+        require(
+            self.pipeline_schedule != "zb-h1" or chunks == 1,
+            f"num_virtual_stages_per_pipeline_rank={chunks}: zb-h1 takes one chunk a stage; remove it, or use 1f1b",
+        )
+        require(
+            group is None or group >= self.pipeline_model_parallel_size,
+            f"microbatch_group_size_per_vp_stage={group} must be at least"
+            f" pipeline_model_parallel_size={self.pipeline_model_parallel_size}",
+        )
+        # A collective-permute is one meeting of all its pairs, also of those whose stage branches elsewhere.
+        require(
+            self.resolved_pipeline_engine == "lockstep" or not self.zigzag,
+            f"cp_comm_type={self.cp_comm_type!r} needs pipeline_engine='lockstep'; use a2a or all_gather with"
+            f" pipeline_schedule={self.pipeline_schedule!r} and the table",
         )
         require(
             self.microbatch_group_size_per_vp_stage is None or self.resolved_pipeline_engine == "table",

@@ -44,6 +44,18 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
         "--tp 16 --num-attention-heads 16 --kv-channels 2 --vocab-size 32",
         ("tensor_model_parallel_size=16", "8 devices", "choose"),
     ),
+    "ring in branches": (
+        "--pp 2 --cp 2 --pipeline-schedule zb-h1",
+        ("--cp-comm-type='p2p'", "--pipeline-schedule='zb-h1'", "use a2a or all_gather"),
+    ),
+    "schedule of the other engine": (
+        "--pp 2 --pipeline-schedule gpipe --pipeline-engine lockstep",
+        ("--pipeline-schedule='gpipe'", "needs --pipeline-engine='table'"),
+    ),
+    "chunks of zb-h1": (
+        "--pp 2 --vpp 2 --num-layers 4 --pipeline-schedule zb-h1",
+        ("--num-virtual-stages-per-pipeline-rank=2", "zb-h1 takes one chunk a stage", "use 1f1b"),
+    ),
     "global batch": ("--global-batch-size 17", ("global_batch_size=17", "16", "use 16 or 32")),
     "ramp": (
         "--global-batch-size 64 --rampup-batch-size 16 32 100",

@@ -94,7 +94,7 @@ LAYOUTS = [
     Layout(devices=2, pp=2, vpp=2, engine="table", batch=6, mbs=2),
     Layout(pp=2, tp=2, sp=True, zero=2, engine="table", model="untied"),
     Layout(devices=4, pp=4, schedule="zb-h1", zero=0, model="untied"),
-    Layout(pp=2, cp=2, tp=2, sp=True, schedule="zb-h1"),
+    Layout(pp=2, cp=2, comm="a2a", tp=2, sp=True, schedule="zb-h1"),
     Layout(devices=4, pp=2, schedule="gpipe", zero=3, mbs=2),
 ]
 
@@ -213,12 +213,19 @@ def test_dropout_masks_are_those_of_one_device(layout):
     _assert_equal(_train(layout, hidden_dropout=0.3), wanted)
 
 
-@pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "full", "recompute_method": "uniform"}], ids=str)
-def test_memory_does_not_grow_with_microbatches(recompute):
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("recompute", "how"),
+    [({}, {}), (FULL, {}), ({}, {"engine": "table"}), pytest.param({}, {"schedule": "zb-h1"}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_memory_does_not_grow_with_microbatches(recompute, how):
     """What is held between forward and backward is a ring; all that grows is a weight for each token."""
     counts, sizes = (8, 32, 128), []
     for count in counts:
-        layout = Layout(devices=2, pp=2, mbs=1, batch=count)
+        layout = Layout(devices=2, pp=2, mbs=1, batch=count, **how)
         model = recompute | ({"recompute_num_layers": 1} if recompute else {})
         program = build_program(_config(layout, **model), FAMILIES["gpt"], devices=jax.devices()[:2])
         [row, *_] = _batches(Layout(batch=1))

@@ -1,0 +1,66 @@
+"""Schedules as the arrays an engine reads: no slot is written before it was read, and as few slots as can be."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megajax.parallel.schedule_ticks import NONE, Slots, plan_ticks
+from megajax.parallel.schedules import make_schedule
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "microbatches", "chunks", "slots"),
+    [
+        # 1F1B: the first stage holds p, an input waits for one tick at most
+        ("1f1b", 4, 8, 1, Slots(input=1, gradient=1, saved=4, saved_longer=0, aside=0)),
+        ("gpipe", 2, 5, 1, Slots(input=1, gradient=5, saved=5, saved_longer=0, aside=0)),
+        # ZB-H1: as many as 1F1B, however many microbatches
+        ("zb-h1", 4, 32, 1, Slots(input=1, gradient=1, saved=4, saved_longer=4, aside=4)),
+    ],
+)
+def test_slots(name, stages, microbatches, chunks, slots):
+    assert plan_ticks(make_schedule(name, stages, microbatches, chunks)).slots == slots
+
+
+@pytest.mark.parametrize(("chunks", "microbatches"), [(1, 5), (2, 7), (4, 4)])
+@pytest.mark.parametrize("name", ["1f1b", "gpipe", "zb-h1"])
+def test_what_is_read_is_what_was_written_for_it(name, chunks, microbatches):
+    """Plays the table with names in place of arrays."""
+    if name == "zb-h1" and chunks > 1:
+        pytest.skip("zb-h1 takes one chunk")
+    stages = 4
+    schedule = make_schedule(name, stages, microbatches, chunks)
+    ticks, events, _ = plan_ticks(schedule)
+    buffers: list[dict[tuple[str, int], tuple[int, int]]] = [{} for _ in range(stages)]
+    sent: list[tuple[int, int, int] | None] = [None] * stages
+    last = stages * chunks - 1
+    for tick in range(schedule.ticks):
+        at = [{field: int(array[tick, s]) for field, array in ticks._asdict().items()} for s in range(stages)]
+        for stage, now in enumerate(at):
+            for field, buffer, by in (("arriving_input", "input", -1), ("arriving_gradient", "gradient", 1)):
+                if now[field] != NONE:
+                    kind, virtual, microbatch = sent[(stage + by) % stages] or (0, 0, 0)
+                    assert kind == (1 if buffer == "input" else 2)
+                    buffers[stage][buffer, now[field]] = (virtual - by, microbatch)
+        for stage, now in enumerate(at):
+            mine = (now["chunk"] * stages + stage, now["microbatch"])
+            held = buffers[stage]
+            if now["kind"] == 1:
+                assert mine[0] == 0 or held["input", now["input"]] == mine
+                assert (mine[0] == 0) == (now["input"] == NONE)
+                held["saved", now["saved"]] = held["saved_longer", now["saved_longer"]] = mine
+                if mine[0] == last:
+                    assert events.leaves[tick] == mine[1]
+            if now["kind"] == 2:
+                assert held["gradient", now["gradient"]] == held["saved", now["saved"]] == mine
+                held["aside", now["aside"]] = mine
+                assert (mine[0] == 0) <= (events.returns[tick] == mine[1])
+            if now["kind"] == 3:
+                assert held["aside", now["aside"]] == held["saved_longer", now["saved_longer"]] == mine
+            sent[stage] = (now["kind"], *mine) if now["kind"] in (1, 2) else None
+        for stage, now in enumerate(at):  # the loss is worked out at the end of its tick
+            if now["leaving"] != NONE:
+                buffers[stage]["gradient", now["leaving"]] = (last, int(events.leaves[tick]))
+    assert np.count_nonzero(events.enters != NONE) == np.count_nonzero(events.returns != NONE) == microbatches
