@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
 
 from megajax.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, TransformerConfig
 from megajax.models.registry import FAMILIES
@@ -203,6 +207,45 @@ def test_equals_one_device(layout):
     _assert_equal(_train(layout), _one_device(layout.model, layout.layers, layout.batch))
 
 
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Any layout of eight devices that the trainer accepts."""
+    sizes = [size for size in itertools.product((1, 2, 4), repeat=3) if math.prod(size) <= 8]
+    tp, cp, pp = draw(st.sampled_from(sizes))
+    dp = 8 // (tp * cp * pp)
+    sp = tp > 1 and draw(st.booleans())
+    vpp = draw(st.sampled_from([1, 2])) if pp > 1 else 1
+    schedule = draw(st.sampled_from(["1f1b", "gpipe"] if vpp > 1 else ["1f1b", "gpipe", "zb-h1"])) if pp > 1 else "1f1b"
+    engine = draw(st.sampled_from([None, "table"])) if pp > 1 else None
+    comms = ["all_gather", *(["a2a"] if tp * cp <= 4 else [])]
+    if schedule == "1f1b" and engine is None:
+        comms.append("p2p")
+    zero = draw(st.sampled_from([0, 1, 2, 3]))
+    return Layout(
+        tp=tp,
+        sp=sp,
+        pp=pp,
+        vpp=vpp,
+        schedule=schedule,
+        engine=engine,
+        cp=cp,
+        comm=draw(st.sampled_from(comms)) if cp > 1 else "p2p",
+        zero=zero,
+        copies=draw(st.sampled_from([n for n in (1, 2, 4) if dp % n == 0])) if zero else 1,
+        mbs=draw(st.sampled_from([n for n in (1, 2) if BATCH % (n * dp) == 0])),
+        layers=8 if pp * vpp == 8 else 4,
+        model=draw(st.sampled_from(sorted(MODELS))),
+    )
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
+@given(layout=layouts())
+def test_any_layout_equals_one_device(layout):
+    note(str(layout))
+    _assert_equal(_train(layout), _one_device(layout.model, layout.layers, layout.batch))
+
+
 @pytest.mark.parametrize(
     "layout", [Layout(devices=2, pp=2, mbs=2), Layout(devices=4, pp=2, vpp=2, tp=2, mbs=2)], ids=str
 )
@@ -236,3 +279,16 @@ def test_memory_does_not_grow_with_microbatches(recompute, how):
     bytes_of_a_token = (sizes[-1] - sizes[0]) / (counts[-1] - counts[0]) / SEQ
     activation = 32 * 4  # one hidden state, of which a layer keeps a dozen
     assert bytes_of_a_token <= 2 * 4 < activation / 8, sizes
+
+
+def test_evaluation_in_a_pipeline_is_that_of_one_device():
+    """Several microbatches at once, the last of which only fills up."""
+    found = []
+    for layout in (Layout(devices=1, mbs=2), Layout(devices=4, pp=2, vpp=2, mbs=1)):
+        program = build_program(_config(layout), FAMILIES["gpt"], devices=jax.devices()[: layout.devices])
+        batch = _batches(layout)[0]
+        batch["loss_mask"][-2:] = 0
+        with on_mesh(program):
+            placed = place_batch(program, batch, num_microbatches=BATCH // 2)
+            found.append([float(x) for x in program.eval_step(program.create_state().params, placed)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

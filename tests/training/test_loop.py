@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from megajax.training.loop import Evaluator
+from megajax.training.loop import Evaluator, _grouped
 from megajax.training.setup import Program, on_mesh, place_batch
 from megajax.training.state import TrainState
 from megajax.training.step import Metrics
@@ -185,3 +185,11 @@ def test_evaluation_does_not_disturb_training(tiny, read_saved):
     (_, state), (_, other) = read_saved(often), read_saved(never)
     for name, value in state.items():
         assert value.tobytes() == other[name].tobytes(), name
+
+
+def test_evaluation_batches_are_filled_up_with_rows_that_count_nothing():
+    batches = [{"tokens": np.full((2, 3), i), "loss_mask": np.ones((2, 3))} for i in range(3)]
+    first, second = _grouped(batches, 2)
+    assert first["tokens"][:, 0].tolist() == [0, 0, 1, 1]
+    assert second["tokens"].shape == (4, 3)
+    assert second["loss_mask"].sum(axis=1).tolist() == [3, 3, 0, 0]
