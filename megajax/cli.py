@@ -118,6 +118,15 @@ def parse(argv: Sequence[str], *, prog: str, families: Families) -> Config:
     return config
 
 
+def control_value(argv: Sequence[str], flag: str) -> str | None:
+    """What stands behind a flag of `CONTROL` on a command line: "" for nothing, None where there is no such flag.
+
+    Raises:
+      ConfigError: as `parse`.
+    """
+    return _split_control(_scan(argv))[0].get(flag)
+
+
 def to_json(config: Config) -> dict[str, Any]:
     """`config` as the plain types of JSON, for `config.json`. A field that follows from others is null."""
     data = dataclasses.asdict(config)
@@ -205,10 +214,10 @@ def _split_control(given: Sequence[_Given]) -> tuple[dict[str, str], list[_Given
     for g in given:
         if g.flag not in cli_flags.CONTROL:
             continue
-        takes = 0 if g.flag in ("--help", "--version") else 1
-        if len(g.words) != takes or "" in g.words:
-            raise ConfigError(f"{g} is not valid: {g.flag} takes {'one value' if takes else 'no value'}")
-        control[g.flag] = g.words[0] if takes else ""
+        least, most, takes = cli_flags.CONTROL_VALUES.get(g.flag, (1, 1, "one value"))
+        if not least <= len(g.words) <= most or "" in g.words:
+            raise ConfigError(f"{g} is not valid: {g.flag} takes {takes}")
+        control[g.flag] = g.words[0] if g.words else ""
     return control, [g for g in given if g.flag not in cli_flags.CONTROL]
 
 

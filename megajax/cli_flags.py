@@ -93,10 +93,20 @@ CONTROL: Mapping[str, str] = MappingProxyType(
         "--model": "the model family",
         "--preset": "the shape of a published model",
         "--config": "the config.json (or the folder) of an earlier run, to start from",
+        "--print-sharding": "print where every parameter lies and what it costs each device, of so many, and exit",
         "--help": "this text, with the defaults of the chosen model and preset",
         "--version": "the version of megajax",
     }
 )
+
+CONTROL_VALUES: Mapping[str, tuple[int, int, str]] = MappingProxyType(
+    {
+        "--print-sharding": (0, 1, "no value, or a number of devices"),
+        "--help": (0, 0, "no value"),
+        "--version": (0, 0, "no value"),
+    }
+)
+"""Fewest and most values of a flag of `CONTROL`, and that in words; the others take one value."""
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {

@@ -85,6 +85,7 @@ def help_text(prog: str, families: Mapping[str, tuple[str, ...]], config: Config
         "--preset": f"of {config.model_family}: {presets}",
     }
     metavars = {"--model": " NAME", "--preset": " NAME", "--config": " FILE", "--help": ", -h"}
+    metavars["--print-sharding"] = " [DEVICES]"
     out = [f"usage: {prog} [--model NAME] [--preset NAME | --config FILE] [flags]", ""]
     out += ["A flag wins over --config, that over --preset, that over the defaults in [brackets]. Megatron-LM's names."]
     out += ["", "program"]

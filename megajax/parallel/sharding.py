@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from megajax.config import ConfigError, ParallelConfig, TransformerConfig
 from megajax.parallel.mesh import DATA_AXES, ZERO_AXES
@@ -20,11 +20,17 @@ MeshAxes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """Logical axis -> mesh axes: for parameters and activations (`table`), optimizer state and gradients."""
+    """Logical axis -> mesh axes: for parameters and activations (`table`), optimizer state and gradients.
+
+    parameters: the logical axes of parameters. whole: those of parameters that every tensor-parallel device, and every
+    device that ZeRO shards over, keeps a copy of on purpose.
+    """
 
     table: Mapping[str, MeshAxes]
     optimizer_table: Mapping[str, MeshAxes]
     gradient_table: Mapping[str, MeshAxes]
+    parameters: tuple[str, ...]
+    whole: frozenset[str]
 
 
 def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
@@ -33,8 +39,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
     # Fewer key/value heads than shards: every shard keeps all of them and reads the one it needs.
     kv: MeshAxes = ("tp",) if (model.num_query_groups or tp) % tp == 0 else ()
     seq: MeshAxes = ("cp", "ulysses")
-    table: dict[str, MeshAxes] = {
-        # activations
+    activations: dict[str, MeshAxes] = {
         "batch": DATA_AXES,
         "seq": seq,
         "residual_seq": (*seq, "tp") if parallel.sequence_parallel else seq,
@@ -43,7 +48,8 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "act_kv_heads": kv,
         "act_mlp": ("tp",),
         "act_vocab": ("tp",),
-        # parameters
+    }
+    parameters: dict[str, MeshAxes] = {
         "layers": ("pp",),
         # Every stage of a pipeline does its share of embedding and loss.
         "vocab": ("pp", "tp") if parallel.pipeline_model_parallel_size > 1 else ("tp",),
@@ -54,12 +60,16 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "head_dim": (),
         "norm": (),
         "positions": (),
+        "whole": (),  # for a dim that no mesh divides: says that this is meant, however large the parameter
     }
+    table = activations | parameters
     zeros = table | {"embed": ZERO_AXES}
     return AxisRules(
         table,
         optimizer_table=zeros if parallel.zero >= 1 else table,
         gradient_table=zeros if parallel.zero >= 2 else table,
+        parameters=tuple(parameters),
+        whole=frozenset({"whole", "positions"} if kv else {"whole", "positions", "kv_heads"}),
     )
 
 
@@ -140,7 +150,17 @@ def is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def partition_specs(boxed: Any, table: Mapping[str, MeshAxes], mesh: Mesh) -> Any:
+def require_axes(params: Any) -> None:
+    """Raises ConfigError for a parameter that does not say its logical axes."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
+        if not is_box(leaf):
+            raise ConfigError(
+                f"{_name(path)}: has no logical axes; create it with nn.with_logical_partitioning(init, (axis of each"
+                " dim, ...))"
+            )
+
+
+def partition_specs(boxed: Any, table: Mapping[str, MeshAxes], mesh: Mesh | AbstractMesh) -> Any:
     """The partition spec of every parameter.
 
     Linen alone would replicate a parameter whose axis is misspelt, and drop a mesh axis that is used twice; here both
@@ -152,15 +172,18 @@ def partition_specs(boxed: Any, table: Mapping[str, MeshAxes], mesh: Mesh) -> An
     Raises:
       ConfigError: a parameter without axes, an unknown axis, a mesh axis used twice, or a size that does not divide.
     """
+    require_axes(boxed)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _parameter_spec(path, leaf, table, mesh), boxed, is_leaf=is_box
     )
 
 
-def _parameter_spec(path: Any, leaf: Any, table: Mapping[str, MeshAxes], mesh: Mesh) -> PartitionSpec:
-    where = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-    if not is_box(leaf):
-        raise ConfigError(f"{where}: has no logical axes; create it with nn.with_logical_partitioning")
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _parameter_spec(path: Any, leaf: Any, table: Mapping[str, MeshAxes], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    where = _name(path)
     spec = spec_of(leaf.names, table, where=where)
     used: list[str] = []
     for dim, (axis, size) in enumerate(zip(leaf.names, leaf.value.shape, strict=True)):

@@ -25,6 +25,7 @@ from megajax.data.sources import unigram_entropy
 from megajax.data.tokenizers import Tokenizer, build_tokenizer
 from megajax.inference.generate import Sampling, generate
 from megajax.models.family import Family
+from megajax.parallel.mesh import describe as mesh_axes
 from megajax.training.files import new_file
 from megajax.training.loop import Evaluator, Result, TrainingStopped, train
 from megajax.training.metrics import Console, Writer, make_writers, read_rows, require_packages
@@ -93,7 +94,7 @@ def describe(program: Program, tokenizer: Tokenizer) -> str:
     """Two lines that say what is about to run, and with what."""
     stored = program.stages.abstract_stored(program.abstract_state.params)
     params = sum(leaf.size for leaf in jax.tree.leaves(stored))
-    mesh = " ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    mesh = mesh_axes(program.mesh)
     model, data = program.config.model, program.config.data
     device = jax.devices()[0]
     if jax.process_count() > 1:

@@ -14,7 +14,6 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megajax.backends import LocalSpecProvider
 from megajax.config import Config, ConfigError
 from megajax.data.loader import ProcessRows
 from megajax.data.tokenizers import Tokenizer
@@ -23,6 +22,7 @@ from megajax.parallel import sharding
 from megajax.parallel.mesh import data_parallel_size, make_mesh
 from megajax.parallel.sharding import AxisRules
 from megajax.training.batches import prepare_batch
+from megajax.training.blueprint import Blueprint, draw_up
 from megajax.training.gradients import (
     EvalStep,
     GradientsFn,
@@ -31,10 +31,9 @@ from megajax.training.gradients import (
     make_eval_step,
 )
 from megajax.training.microbatches import BatchSchedule, make_batch_schedule
-from megajax.training.optimizer import make_optimizer
 from megajax.training.schedules import Schedule, make_schedule
 from megajax.training.stages import Stages
-from megajax.training.state import TrainState, abstract_params, create_state, state_axes, state_shardings
+from megajax.training.state import TrainState
 from megajax.training.step import Metrics, make_train_step
 
 
@@ -100,46 +99,27 @@ def _check_sequence(config: Config) -> None:
 def build_program(config: Config, family: Family, *, devices: list[Any] | None = None) -> Program:
     """Mesh, model, optimizer and steps of a config whose vocabulary size is known. Allocates no array."""
     mesh = make_mesh(config.parallel, devices)
-    rules = sharding.axis_rules(config.parallel, config.model)
     dp = data_parallel_size(mesh)
     batches = make_batch_schedule(config.train, data_parallel_size=dp)
     train_iters, schedule = _length_and_schedule(config, batches)
-    backend = LocalSpecProvider(cp_comm_type=config.parallel.cp_comm_type, zigzag=config.parallel.zigzag)
-    model = family.build_model(config.model, backend)
-
-    stages = Stages.of(model, family, config)
-    boxed = stages.placed_shapes(abstract_params(model, family, config))
-    sharding.partition_specs(boxed, rules.table, mesh)
-    if config.parallel.zero:
-        sharding.partition_specs(boxed, rules.optimizer_table, mesh)
-    param_axes = sharding.logical_axes(boxed)
-    optimizer = make_optimizer(config.optimizer, param_axes)
-
-    def create() -> TrainState:
-        return create_state(model, family, config, optimizer, seed=config.train.seed, place=stages.place)
-
-    abstract = jax.eval_shape(create)
-    axes = state_axes(abstract, param_axes)
-    places = state_shardings(axes, rules, mesh)
-    gradients, eval_step = _gradients_and_evaluation(model, family, config, rules, stages, param_axes, dp)
-    train_step = make_train_step(gradients, config, optimizer, schedule)
+    drawn = draw_up(config, family, mesh)
+    gradients, eval_step = _gradients_and_evaluation(drawn, family, config, dp)
+    train_step = make_train_step(gradients, config, drawn.optimizer, schedule)
     return Program(
         config=config,
         mesh=mesh,
-        rules=rules,
-        stages=stages,
-        model=model,
+        rules=drawn.rules,
+        stages=drawn.stages,
+        model=drawn.model,
         batches=batches,
         train_iters=train_iters,
-        axes=axes,
-        abstract_state=jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
-        ),
-        create_state=jax.jit(create, out_shardings=places, compiler_options=_compiler_options(mesh, 0)),
+        axes=drawn.axes,
+        abstract_state=drawn.abstract_state,
+        create_state=jax.jit(drawn.create, out_shardings=drawn.places, compiler_options=_compiler_options(mesh, 0)),
         train_step=jax.jit(
             train_step,
             donate_argnums=0,
-            out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
+            out_shardings=(drawn.places, NamedSharding(mesh, PartitionSpec())),
             compiler_options=_compiler_options(mesh, 2),
         ),
         eval_step=jax.jit(eval_step, compiler_options=_compiler_options(mesh, 2)),
@@ -154,11 +134,12 @@ def _eval_microbatches(config: Config) -> int:
 
 
 def _gradients_and_evaluation(
-    model: nn.Module, family: Family, config: Config, rules: AxisRules, stages: Stages, param_axes: Any, dp: int
+    drawn: Blueprint, family: Family, config: Config, dp: int
 ) -> tuple[GradientsFn, EvalStep]:
+    model, rules, param_axes = drawn.model, drawn.rules, drawn.param_axes
     if config.parallel.pipeline_model_parallel_size > 1:
         pieces = family.pipeline_pieces(model)
-        pipeline = PipelineProgram(pieces, stages, config, rules, param_axes, data_parallel_size=dp)
+        pipeline = PipelineProgram(pieces, drawn.stages, config, rules, param_axes, data_parallel_size=dp)
         return pipeline.gradients, pipeline.evaluate
 
     def constrain(gradients: Any) -> Any:

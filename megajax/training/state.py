@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from megajax.config import Config
 from megajax.models.family import Family
@@ -103,7 +103,7 @@ def _is_axes(node: Any) -> bool:
     return type(node) is tuple and all(isinstance(name, str | None) for name in node)
 
 
-def state_shardings(axes: TrainState, rules: AxisRules, mesh: Mesh) -> TrainState:
+def state_shardings(axes: TrainState, rules: AxisRules, mesh: Mesh | AbstractMesh) -> TrainState:
     """Where each leaf of the state lives. The optimizer has a table of its own: that is ZeRO-1."""
 
     def place(tree: Any, table: Mapping[str, tuple[str, ...]]) -> Any:
