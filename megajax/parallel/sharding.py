@@ -92,23 +92,29 @@ def gathered(weight: Array, *axes: str) -> Array:
     if math.prod(mesh.shape.get(axis, 1) for axis in rules.get("embed") or ()) == 1:
         return weight
     whole = spec_of(tuple(None if axis == "embed" else axis for axis in axes), rules)
-    return _gathered(weight, spec_of(axes, rules), whole)
+    return _laid_out(weight, whole, spec_of(axes, rules))
+
+
+def constrain_gradient(x: Array, *axes: str | None) -> Array:
+    """x as it lies, while its gradient is laid out by these logical axes."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    return x if mesh.empty or not rules else _laid_out(x, None, spec_of(axes, rules, where="a gradient"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(weight: Array, divided: PartitionSpec, whole: PartitionSpec) -> Array:
-    return jax.lax.with_sharding_constraint(weight, whole)
+def _laid_out(x: Array, forward: PartitionSpec | None, backward: PartitionSpec) -> Array:
+    return x if forward is None else jax.lax.with_sharding_constraint(x, forward)
 
 
-def _gathered_forward(weight: Array, divided: PartitionSpec, whole: PartitionSpec) -> tuple[Array, None]:
-    return _gathered(weight, divided, whole), None
+def _laid_out_forward(x: Array, forward: PartitionSpec | None, backward: PartitionSpec) -> tuple[Array, None]:
+    return _laid_out(x, forward, backward), None
 
 
-def _gathered_backward(divided: PartitionSpec, whole: PartitionSpec, _: None, gradient: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(gradient, divided),)
+def _laid_out_backward(forward: PartitionSpec | None, backward: PartitionSpec, _: None, d_x: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(d_x, backward),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_laid_out.defvjp(_laid_out_forward, _laid_out_backward)
 
 
 def merge_tokens(x: Array) -> Array:

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from megajax.config import TransformerConfig
 from megajax.ops.linear import linear
-from megajax.parallel.sharding import constrain, gathered, merge_tokens
+from megajax.parallel.sharding import constrain, constrain_gradient, gathered, merge_tokens
 
 Array = jax.Array
 
@@ -90,4 +90,6 @@ class RowParallelLinear(nn.Module):
         init = normal_init(output_init_std(self.config), axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init(("norm",)), (self.features,), dtype) if self.use_bias else None
-        return _linear(x, kernel, bias, axes)
+        y = _linear(x, kernel, bias, axes)
+        # Gathered once for both of its products, where sequence parallelism has divided it.
+        return constrain_gradient(y, "batch", "seq", "act_embed") if y.ndim == 3 else y
