@@ -50,5 +50,8 @@ def absent_gpus(count: int, target: str = "h100") -> list[Any]:
     try:
         described = topologies.get_topology_desc(platform="cuda", topology=topology, target_config=TARGETS[target])
     except NotImplementedError:
-        raise ConfigError(f"target={target!r} needs XLA's compiler for it: pip install 'megajax[aot]'") from None
+        raise ConfigError(
+            f"target={target!r} needs XLA's compiler for it: pip install 'megajax[aot]', and JAX_PLATFORMS=cpu where"
+            " there is no GPU"
+        ) from None
     return list(described.devices)
