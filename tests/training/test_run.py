@@ -45,17 +45,24 @@ def _assert_same(run_dir: Path, other: Path, read_saved: Any) -> None:
 
 def _signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
     """The signal arrives while step `step` is being taken."""
-    place_batch = loop.place_batch
-    calls = []
+    place_batch, grouped = loop.place_batch, loop._grouped
+    calls: list[int] = []
+    evaluating: list[bool] = []
 
     def place(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["num_microbatches"] is not None:
+        if not evaluating:
             calls.append(1)
             if len(calls) == step:
                 os.kill(os.getpid(), number)
         return place_batch(*args, **kwargs)
 
+    def group(*args: Any) -> Any:
+        evaluating.append(True)
+        yield from grouped(*args)
+        evaluating.clear()
+
     monkeypatch.setattr(loop, "place_batch", place)
+    monkeypatch.setattr(loop, "_grouped", group)
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tiny, read_saved, monkeypatch, capsys):
