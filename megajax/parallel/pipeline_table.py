@@ -112,8 +112,10 @@ class _Engine:
         ]
         aside = self.split.ring(slots.aside) if self.split else []
         zeros = jnp.zeros(like.shape, like.dtype)
-        waiting = (jnp.zeros((max(count, 1), *like.shape), like.dtype) for count in (slots.input, slots.gradient))
-        return _Carry(zeros, zeros, *waiting, _Buffers(saved, aside), zero_sums(self.params))
+        inputs, waiting = (
+            jnp.zeros((max(count, 1), *like.shape), like.dtype) for count in (slots.input, slots.gradient)
+        )
+        return _Carry(zeros, zeros, inputs, waiting, _Buffers(saved, aside), zero_sums(self.params))
 
     def _chunk(self, chunk: Array) -> tuple[Tree, Tree]:
         return at_index((self.params.staged, self.rows), chunk)

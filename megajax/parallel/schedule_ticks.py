@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from megajax.parallel.schedules import KINDS, Kind, Op, Schedule
 
 NONE = -1
 """Instead of a slot or a microbatch: there is none."""
+
+Rows = Any
+"""A numpy array; in an engine, the traced array of a tick, or one stage's number of it."""
 
 _At = tuple[int, int]
 """(chunk, microbatch) on a stage."""
@@ -28,28 +31,28 @@ class StageTicks(NamedTuple):
     what the neighbours sent at the tick before belongs. leaving: where the gradient of this F's loss belongs.
     """
 
-    kind: np.ndarray
-    chunk: np.ndarray
-    microbatch: np.ndarray
-    input: np.ndarray
-    gradient: np.ndarray
-    saved: np.ndarray
-    saved_longer: np.ndarray
-    aside: np.ndarray
-    arriving_input: np.ndarray
-    arriving_gradient: np.ndarray
-    leaving: np.ndarray
+    kind: Rows
+    chunk: Rows
+    microbatch: Rows
+    input: Rows
+    gradient: Rows
+    saved: Rows
+    saved_longer: Rows
+    aside: Rows
+    arriving_input: Rows
+    arriving_gradient: Rows
+    leaving: Rows
 
 
 class Events(NamedTuple):
     """Of each tick, int32 [ticks]: the microbatch that all stages embed for stage 0, whose loss they work out, and
     whose gradient they lead through the embedding, or NONE; and whether (0, 1) any stage sends to the next, or back."""
 
-    enters: np.ndarray
-    leaves: np.ndarray
-    returns: np.ndarray
-    sends_forward: np.ndarray
-    sends_backward: np.ndarray
+    enters: Rows
+    leaves: Rows
+    returns: Rows
+    sends_forward: Rows
+    sends_backward: Rows
 
 
 class Slots(NamedTuple):

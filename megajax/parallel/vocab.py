@@ -108,7 +108,7 @@ def vocab_parallel_embedding(table_VD: Array, ids_BS: Array) -> Array:
 def embedding(table_PD: Array, ids_BS: Array) -> Array:
     """`table[ids]` like `vocab_parallel_embedding`, of a table whose rows are not divided, such as that of positions.
 
-    Every device looks up the tokens it has. Left to XLA, the gradient of a divided table would be sent to and fro.
+    Every device looks up the tokens it has. Left to XLA, the gradient of a divided table would be sent back and forth.
     """
     layout = VocabLayout.in_context()
     if layout is None or ids_BS.shape[0] % _shards(layout.batch):
