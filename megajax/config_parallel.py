@@ -110,16 +110,6 @@ class ParallelConfig:
             self.pipeline_engine != "lockstep" or self.pipeline_schedule == "1f1b",
             f"pipeline_schedule={self.pipeline_schedule!r} needs pipeline_engine='table'; leave pipeline_engine out",
         )
-        chunks, group = self.num_virtual_stages_per_pipeline_rank, self.microbatch_group_size_per_vp_stage
-        require(
-            self.pipeline_schedule != "zb-h1" or chunks == 1,
-            f"num_virtual_stages_per_pipeline_rank={chunks}: zb-h1 takes one chunk a stage; remove it, or use 1f1b",
-        )
-        require(
-            group is None or group >= self.pipeline_model_parallel_size,
-            f"microbatch_group_size_per_vp_stage={group} must be at least"
-            f" pipeline_model_parallel_size={self.pipeline_model_parallel_size}",
-        )
         # A collective-permute is one meeting of all its pairs, also of those whose stage branches elsewhere.
         require(
             self.resolved_pipeline_engine == "lockstep" or not self.zigzag,

@@ -15,6 +15,7 @@ from megajax.config_checks import require
 from megajax.data.files import clear_errors, publish, temporary_beside
 from megajax.parallel import pipeline_layout, schedule_plot
 from megajax.parallel.pipeline_layout import Layout
+from megajax.parallel.schedule_ticks import plan_ticks
 from megajax.parallel.schedules import SCHEDULES, Costs, Schedule, label, make_schedule
 
 _HELP = """
@@ -116,7 +117,7 @@ def _as_json(schedule: Schedule, costs: Costs, layout: Layout | None, memory: fl
         "bubble": schedule.bubble(costs),
         "peak_live": schedule.peak_live(),
         "bytes_in_flight": None if memory is None else schedule.bytes_in_flight(memory),
-        "ring_slots": {name: schedule.ring_slots(name).tolist() for name in ("saved", "forward", "backward")},
+        "slots": plan_ticks(schedule).slots._asdict(),
         "layout": layout,
         "table": [[op and label(op) for op in row] for row in schedule.table],
     }

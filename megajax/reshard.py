@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self, Unio
 
 from megajax import cli, cli_flags
 from megajax.config import ConfigError, ParallelConfig, TransformerConfig, to_tuple
+from megajax.status_line import StatusLine
 
 if TYPE_CHECKING:
     from megajax.checkpoint.rechunk import Target
@@ -170,16 +171,15 @@ class Progress:
 
     def __init__(self, total: int):
         self._total, self._done = max(total, 1), 0
-        self._live = sys.stderr.isatty()
-        self._pause = 0.1 if self._live else 10.0
+        self._line = StatusLine()
+        self._pause = 0.1 if self._line.live else 10.0
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._line.clear()
 
     def add(self, name: str, size: int) -> None:
         """Counts the bytes of a part of the array `name`."""
@@ -190,8 +190,10 @@ class Progress:
         self._last = now
         rate = self._done / (now - self._start) / 1e6
         text = f"{self._done / self._total:6.1%} of {self._total / 1e9:.3g} GB, {rate:.0f} MB/s, {name}"
-        before, after = ("\r\x1b[K", "") if self._live else ("", "\n")
-        print(f"{before}{text:.110}", end=after, file=sys.stderr, flush=True)
+        if self._line.live:
+            self._line.show(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ FLOORS = {
     "cli_flags": 0,
     "cli_help": 0,
     "cli_json": 0,
+    "status_line": 0,
     "spec": 1,
     "ops": 2,
     "parallel": 2,
@@ -72,7 +73,10 @@ REGISTRY = "models/registry.py"
 MEGATRON_WORDS = re.compile(r"GPTDataset(Config)?|gpt_dataset|GPTSentencePieceTokenizer|--mamba-\*")
 MEGATRON_FILES = ("data/gpt_dataset.py",)
 
-PRINTERS = ("cli.py",)  # speaks for the programs
+PRINTERS = (
+    "status_line.py",
+    "cli.py",
+)  # speaks for the programs
 
 # Settings that only these read have no effect on a run.
 NOT_READERS = ("config", "cli", "interop/")

@@ -24,6 +24,7 @@ from megajax.config import ConfigError
 from megajax.data.indexed_dataset import IndexedDatasetBuilder, best_dtype
 from megajax.data.sources import parse_json_line
 from megajax.data.tokenizers import Tokenizer, build_tokenizer
+from megajax.status_line import StatusLine
 
 BATCH_BYTES = 1 << 20
 """Text handed to a process at once."""
@@ -145,21 +146,19 @@ class Progress:
         self._interval = interval
         self._next = interval
         self._start = time.perf_counter()
-        self._shown = sys.stderr.isatty()
+        self._line = StatusLine()
 
     def add(self, documents: int, read: int) -> None:
         """Counts a batch."""
         self.documents += documents
         self.read += read
-        if self._shown and self.documents >= self._next:
+        if self.documents >= self._next:
             self._next = self.documents + self._interval
-            text = f"{self.read / self._total:6.1%}  {self.documents:,} documents  {self.rate:.1f} MB/s"
-            print(f"\r{text:<70}", end="", file=sys.stderr, flush=True)
+            self._line.show(f"{self.read / self._total:6.1%}  {self.documents:,} documents  {self.rate:.1f} MB/s")
 
     def clear(self) -> None:
         """Removes the line."""
-        if self._shown:
-            print(f"\r{'':70}\r", end="", file=sys.stderr, flush=True)
+        self._line.clear()
 
     @property
     def seconds(self) -> float:

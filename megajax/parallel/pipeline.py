@@ -37,6 +37,8 @@ from megajax.parallel.pipeline_pieces import (
     laid_out,
     manual_specs,
     over_stages,
+    put_at,
+    room,
     shift,
     zero_sums,
 )
@@ -183,7 +185,8 @@ class _Engine:
         """All ticks: forwards, forwards and backwards, backwards."""
         schedule, first = self.schedule, jnp.int32(0)
         self.residuals = Residuals.of(self.pieces.stage, self._chunk(first), self.ends.x_like, self.work.at(first))
-        start = self._start(self.residuals.ring(schedule.slots), zero_sums(self.params))
+        ring = [room(schedule.slots, shape) for shape in self.residuals.shapes]
+        start = self._start(ring, zero_sums(self.params))
         turn, end = schedule.first_backward, schedule.forward_ticks
 
         def warm_up(carry: _Carry, tick: Array) -> tuple[_Carry, None]:
@@ -232,10 +235,7 @@ class _Engine:
         if not keep:
             return carry._replace(y=self.pieces.stage(params, rows, x, work.batch, work.key))
         y, kept = self.residuals.forward((params, rows), x, work)
-        ring = jax.tree.map(
-            lambda slots, value: jax.lax.dynamic_update_index_in_dim(slots, value, item.slot, axis=0), carry.ring, kept
-        )
-        return carry._replace(y=y, ring=ring)
+        return carry._replace(y=y, ring=put_at(carry.ring, kept, item.slot))
 
     def _leaving(self, tick: Array) -> Item:
         """The item whose last stage runs at `tick`; invalid if its loss is not yet due."""

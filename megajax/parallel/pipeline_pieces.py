@@ -155,6 +155,20 @@ def at_index(tree: Tree, index: Array) -> Tree:
     return jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False), tree)
 
 
+def put_at(tree: Tree, values: Tree, index: Array) -> Tree:
+    """Inverse of `at_index`: every leaf with its row `index` replaced."""
+    return jax.tree.map(
+        lambda rows, value: jax.lax.dynamic_update_index_in_dim(rows, value.astype(rows.dtype), index, axis=0),
+        tree,
+        values,
+    )
+
+
+def room(slots: int, like: Any) -> Array:
+    """Zeros [slots, ...] for arrays of a shape."""
+    return jnp.zeros((slots, *like.shape), like.dtype)
+
+
 def shift(x: Array, stages: int, by: int) -> Array:
     """x of the stage `by` before; the stages are a ring."""
     return jax.lax.ppermute(x, PP, [(stage, (stage + by) % stages) for stage in range(stages)])

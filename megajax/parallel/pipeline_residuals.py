@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from megajax.parallel.pipeline_pieces import Batch, Work
 from megajax.parallel.split_backward import Split, split
@@ -30,6 +29,7 @@ class Residuals:
     sources: tuple[int | None, ...]
     """Of each leaf: its place among the arrays at hand, or None if it has to be kept."""
     shapes: tuple[Any, ...]
+    """Of the leaves that have to be kept."""
 
     @classmethod
     def of(cls, stage: Any, chunk: tuple[Tree, Tree], x_like: Any, work: Work) -> Residuals:
@@ -45,10 +45,6 @@ class Residuals:
 
         shapes = jax.eval_shape(trace, chunk, x_like, work)
         return cls(stage, found["structure"], found["sources"], tuple(shapes))
-
-    def ring(self, slots: int) -> list[Array]:
-        """Room for the residuals of so many items."""
-        return [jnp.zeros((slots, *shape.shape), shape.dtype) for shape in self.shapes]
 
     def forward(self, chunk: tuple[Tree, Tree], x: Array, work: Work) -> tuple[Array, list[Array]]:
         """(y, what to keep)."""
@@ -74,6 +70,7 @@ class SplitResiduals:
 
     whole: Residuals
     cut: Split
+    """`cut.aside`: shapes of what `input_gradient` sets aside."""
 
     @classmethod
     def of(cls, whole: Residuals, chunk: tuple[Tree, Tree], x_like: Any, work: Work) -> SplitResiduals:
@@ -94,10 +91,6 @@ class SplitResiduals:
     def longer(self) -> tuple[bool, ...]:
         """Of each array that the forward keeps whether the gradients of the parameters need it."""
         return self.cut.later_arguments[-1 - len(self.whole.shapes) : -1]
-
-    def ring(self, slots: int) -> list[Array]:
-        """Room for what `input_gradient` sets aside."""
-        return [jnp.zeros((slots, *shape.shape), shape.dtype) for shape in self.cut.aside]
 
     def input_gradient(
         self, chunk: tuple[Tree, Tree], kept: list[Array], work: Work, g: Array

@@ -29,6 +29,8 @@ from megajax.parallel.pipeline_pieces import (
     laid_out,
     manual_specs,
     over_stages,
+    put_at,
+    room,
     shift,
     zero_sums,
 )
@@ -106,15 +108,10 @@ class _Engine:
     def _start(self) -> _Carry:
         slots, like = self.plan.slots, self.ends.x_like
         lengths = (slots.saved_longer if longer else slots.saved for longer in self.longer)
-        saved = [
-            jnp.zeros((length, *shape.shape), shape.dtype)
-            for length, shape in zip(lengths, self.residuals.shapes, strict=True)
-        ]
-        aside = self.split.ring(slots.aside) if self.split else []
+        saved = [room(length, shape) for length, shape in zip(lengths, self.residuals.shapes, strict=True)]
+        aside = [room(slots.aside, shape) for shape in self.split.cut.aside] if self.split else []
         zeros = jnp.zeros(like.shape, like.dtype)
-        inputs, waiting = (
-            jnp.zeros((max(count, 1), *like.shape), like.dtype) for count in (slots.input, slots.gradient)
-        )
+        inputs, waiting = (room(max(count, 1), like) for count in (slots.input, slots.gradient))
         return _Carry(zeros, zeros, inputs, waiting, _Buffers(saved, aside), zero_sums(self.params))
 
     def _chunk(self, chunk: Array) -> tuple[Tree, Tree]:
@@ -161,7 +158,7 @@ class _Engine:
         def forward() -> tuple[Tree, _Buffers, Array]:
             y, kept = self.residuals.forward(self._chunk(mine.chunk), x, work)
             slots = (mine.saved_longer if longer else mine.saved for longer in self.longer)
-            new = [_put(buffer, leaf, slot) for buffer, leaf, slot in zip(buffers.saved, kept, slots, strict=True)]
+            new = [put_at(buffer, leaf, slot) for buffer, leaf, slot in zip(buffers.saved, kept, slots, strict=True)]
             return result(staged, buffers._replace(saved=new), y)
 
         def backward() -> tuple[Tree, _Buffers, Array]:
@@ -169,13 +166,12 @@ class _Engine:
                 d_params, dx = self.residuals.backward(self._chunk(mine.chunk), saved(), work, g)
                 return result(add(d_params), buffers, dx)
             dx, aside = self.split.input_gradient(self._chunk(mine.chunk), saved(), work, g)
-            new = [_put(buffer, leaf, mine.aside) for buffer, leaf in zip(buffers.aside, aside, strict=True)]
-            return result(staged, buffers._replace(aside=new), dx)
+            return result(staged, buffers._replace(aside=put_at(buffers.aside, aside, mine.aside)), dx)
 
         def weights() -> tuple[Tree, _Buffers, Array]:
             assert self.split is not None
             kept = [leaf if longer else None for leaf, longer in zip(saved(), self.longer, strict=True)]
-            aside = [_read(buffer, mine.aside) for buffer in buffers.aside]
+            aside = at_index(buffers.aside, mine.aside)
             d_params = self.split.parameter_gradients(self._chunk(mine.chunk), kept, work, aside)
             return result(add(d_params), buffers, None)
 
@@ -187,10 +183,6 @@ def _read(buffer: Array, slot: Array) -> Array:
     return at_index(buffer, jnp.maximum(slot, 0))
 
 
-def _put(buffer: Array, value: Array, slot: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(buffer, value.astype(buffer.dtype), slot, axis=0)
-
-
 def _written(buffer: Array, value: Array, slot: Array) -> Array:
     """With `value` in its slot, if it has one."""
-    return _put(buffer, jnp.where(slot == NONE, _read(buffer, slot), value), jnp.maximum(slot, 0))
+    return put_at(buffer, jnp.where(slot == NONE, _read(buffer, slot), value), jnp.maximum(slot, 0))

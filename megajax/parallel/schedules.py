@@ -20,7 +20,6 @@ from megajax.config import ConfigError
 from megajax.config_checks import require
 
 Kind = Literal["F", "B", "W"]
-Buffer = Literal["saved", "forward", "backward"]
 KINDS: tuple[Kind, ...] = ("F", "B", "W")
 MAX_OPS = 4_000_000
 """Operations of the largest table that is made: beyond it something was mistyped."""
@@ -165,51 +164,6 @@ class Schedule:
           bytes_per_microbatch: what one microbatch leaves on one stage, all its chunks together.
         """
         return tuple(round(live * bytes_per_microbatch / self.chunks) for live in self.peak_live())
-
-    def ring_slots(self, buffer: Buffer = "saved") -> np.ndarray:
-        """Length of the rings an engine needs, int [stages, chunks], if microbatch i is kept in slot i % length.
-
-        Args:
-          buffer: `saved`: activations, written by F, read until B (or W). `forward`: inputs from the stage before,
-            which arrive after the tick of its F and wait for F here. `backward`: gradients from the stage after, which
-            wait for B here (and W). The model's own input and loss wait nowhere: 0.
-        """
-        ticks = {
-            _key(op, stage, self.stages): tick
-            for tick, row in enumerate(self.table)
-            for stage, op in enumerate(row)
-            if op is not None
-        }
-        frees: Kind = "W" if self.splits_backward else "B"
-        writers: dict[Buffer, tuple[Kind, int, int]] = {
-            "saved": ("F", 0, 0),
-            "forward": ("F", -1, 1),
-            "backward": ("B", 1, 1),
-        }
-        slots = np.zeros((self.stages, self.chunks), int)
-        for chunk, stage in np.ndindex(self.chunks, self.stages):
-            here = chunk * self.stages + stage
-            kind, source, delay = writers[buffer]
-            source += here
-            if 0 <= source < self.virtual_stages:
-                last: Kind = "F" if buffer == "forward" else frees
-                held = [
-                    (ticks[_Key(kind, source, i)] + delay, ticks[_Key(last, here, i)]) for i in range(self.microbatches)
-                ]
-                slots[stage, chunk] = _ring_length(held)
-        return slots
-
-
-def _ring_length(held: Sequence[tuple[int, int]]) -> int:
-    """Smallest n for which no two of the closed intervals `held` with the same index modulo n overlap."""
-
-    def fits(n: int) -> bool:
-        slots = (sorted(held[i::n]) for i in range(n))
-        return all(a[1] < b[0] for slot in slots for a, b in itertools.pairwise(slot))
-
-    events = sorted([(begin, 1) for begin, _ in held] + [(end + 1, -1) for _, end in held])
-    at_once = max(itertools.accumulate(change for _, change in events))
-    return next(n for n in range(at_once, len(held) + 1) if fits(n))
 
 
 def _key(op: Op, stage: int, stages: int) -> _Key:

@@ -118,6 +118,7 @@ class PipelineProgram:
         self._axes, self._data_parallel_size = param_axes, data_parallel_size
         self._specs = self._specs_of(rules.table)
         self._gradient_specs = self._specs_of(rules.gradient_table)
+        self._engine(config.parallel.pipeline_model_parallel_size)  # refuses at the start what no schedule can do
 
     def _specs_of(self, table: Mapping[str, tuple[str, ...]]) -> Params:
         axes = split_params(self._axes, self._axes)

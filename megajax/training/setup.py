@@ -209,21 +209,17 @@ def _global_array(array: Any, ours: ProcessRows, place: NamedSharding) -> jax.Ar
     return jax.make_array_from_callback((*array.shape[:-2], ours.of, array.shape[-1]), place, part)
 
 
-def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: int | None) -> dict[str, jax.Array]:
-    """This process's rows [n, S] of each array to global arrays [M, B, S], or [B, S] without microbatches.
+def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: int) -> dict[str, jax.Array]:
+    """This process's rows [n, S] of each array to global arrays [M, B, S].
 
     Row j of the global batch belongs to microbatch j // B, as in Megatron's sampler.
     """
     ours = process_rows(program)
     batch = prepare_batch(batch, program.config.parallel)
-    names: tuple[str | None, ...] = ("batch", "seq")
-    if num_microbatches is not None:
-        names = (None, *names)
-    place = NamedSharding(program.mesh, sharding.spec_of(names, program.rules.table))
+    place = NamedSharding(program.mesh, sharding.spec_of((None, "batch", "seq"), program.rules.table))
 
     def put(array: Any) -> jax.Array:
-        if num_microbatches is not None:
-            array = array.reshape(num_microbatches, -1, *array.shape[1:])
+        array = array.reshape(num_microbatches, -1, *array.shape[1:])
         return jax.device_put(array, place) if ours is None else _global_array(array, ours, place)
 
     return {name: put(array) for name, array in batch.items()}

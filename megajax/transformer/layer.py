@@ -97,7 +97,7 @@ class TransformerLayer(nn.Module):
         y_BSD = x_BSD
         if build is not None:
             y_BSD = recomputed(build(config=cfg, name=name), "layernorm", cfg)(x_BSD)
-            # So is its gradient, which the sublayer hands back whole: it is scattered where it is summed.
+            # For the sake of its gradient, which the sublayer hands back whole: it is scattered where it is summed.
             y_BSD = constrain(y_BSD, "batch", "residual_seq", "act_embed")
         residual_BSD = y_BSD if cfg.apply_residual_connection_post_layernorm else x_BSD
         return y_BSD.astype(jnp.dtype(cfg.compute_dtype)), residual_BSD

@@ -147,8 +147,8 @@ def test_progress_on_a_terminal_only(tmp_path, monkeypatch, capsys):
         progress.clear()
         shown = os.read(leader, 1000).decode()
     os.close(leader)
-    assert shown.startswith("\r 50.0%  10 documents")
-    assert shown.endswith("\r")
+    assert shown.startswith("\r\x1b[K 50.0%  10 documents")
+    assert shown.endswith("\r\x1b[K")
 
 
 def test_interrupt_leaves_nothing(tmp_path):

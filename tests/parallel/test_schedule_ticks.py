@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megajax.parallel.schedule_ticks import NONE, Slots, plan_ticks
-from megajax.parallel.schedules import make_schedule
+from megajax.parallel.schedules import SCHEDULES, make_schedule
 
 
 @pytest.mark.parametrize(
@@ -24,14 +26,13 @@ def test_slots(name, stages, microbatches, chunks, slots):
     assert plan_ticks(make_schedule(name, stages, microbatches, chunks)).slots == slots
 
 
-@pytest.mark.parametrize(("chunks", "microbatches"), [(1, 5), (2, 7), (4, 4)])
-@pytest.mark.parametrize("name", ["1f1b", "gpipe", "zb-h1"])
-def test_what_is_read_is_what_was_written_for_it(name, chunks, microbatches):
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 7), st.integers(1, 17), st.integers(1, 4), st.data())
+def test_what_is_read_is_what_was_written_for_it(name, stages, microbatches, chunks, data):
     """Plays the table with names in place of arrays."""
-    if name == "zb-h1" and chunks > 1:
-        pytest.skip("zb-h1 takes one chunk")
-    stages = 4
-    schedule = make_schedule(name, stages, microbatches, chunks)
+    chunks = 1 if name == "zb-h1" else chunks
+    group = data.draw(st.none() | st.integers(stages, stages + 5))
+    schedule = make_schedule(name, stages, microbatches, chunks, group=group)
     ticks, events, _ = plan_ticks(schedule)
     buffers: list[dict[tuple[str, int], tuple[int, int]]] = [{} for _ in range(stages)]
     sent: list[tuple[int, int, int] | None] = [None] * stages

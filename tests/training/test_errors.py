@@ -54,7 +54,11 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "chunks of zb-h1": (
         "--pp 2 --vpp 2 --num-layers 4 --pipeline-schedule zb-h1",
-        ("--num-virtual-stages-per-pipeline-rank=2", "zb-h1 takes one chunk a stage", "use 1f1b"),
+        ("num_virtual_stages_per_pipeline_rank=2", "zb-h1 takes one chunk a stage", "use 1f1b"),
+    ),
+    "groups smaller than the pipeline": (
+        "--pp 2 --num-layers 2 --pipeline-engine table --microbatch-group-size-per-vp-stage 1",
+        ("microbatch_group_size_per_vp_stage=1", "at least the 2 stages"),
     ),
     "global batch": ("--global-batch-size 17", ("global_batch_size=17", "16", "use 16 or 32")),
     "ramp": (
