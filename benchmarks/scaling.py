@@ -107,28 +107,13 @@ def compile_point(name: str, devices: int, target: str) -> Point:
 
 
 def _config(parallel: dict[str, Any], devices: int, *, bf16: bool) -> Any:
-    from megajax.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, TransformerConfig
+    from megajax.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+    from megajax.models.registry import FAMILIES
 
+    model = FAMILIES["gpt"].presets["llama3-8b"]()
     return Config(
         model_family="gpt",
-        model=TransformerConfig(
-            num_layers=32,
-            hidden_size=4096,
-            num_attention_heads=32,
-            num_query_groups=8,
-            ffn_hidden_size=14336,
-            vocab_size=128256,
-            position_embedding_type="rope",
-            normalization="RMSNorm",
-            gated_linear_unit=True,
-            activation_func="silu",
-            add_bias_linear=False,
-            share_embeddings_and_output_weights=False,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            recompute_granularity="selective",
-            bf16=bf16,
-        ),
+        model=model.replace(bf16=bf16, recompute_granularity="selective"),
         parallel=ParallelConfig(**parallel),
         optimizer=OptimizerConfig(lr=3e-4),
         data=DataConfig(seq_length=SEQ),
