@@ -144,8 +144,7 @@ def _cut(jaxpr: Jaxpr, consts: Sequence[Any], is_first: Sequence[bool], at_hand:
 def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[_Step, list[_Step]]:
     """A scan of which the first part needs some results. Its carry belongs to the first part."""
     closed, length, reverse = eqn.params["jaxpr"], eqn.params["length"], eqn.params["reverse"]
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    num_xs = len(eqn.invars) - num_consts - num_carry
+    num_consts, num_carry, num_xs = _scan_arguments(eqn)
     rows = eqn.outvars[num_carry:]
     later = [row in needed and row not in needed_first for row in rows]
     body = _flat(closed)
@@ -188,6 +187,15 @@ def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[
     reads = (*(eqn.invars[at] for at in (*consts_again, *xs_again)), *stacked)
     writes = tuple(row for row, late in zip(rows, later, strict=True) if late)
     return first, [_Step(run_second, reads, writes)]
+
+
+def _scan_arguments(eqn: JaxprEqn) -> tuple[int, int, int]:
+    """How many constants, carried values and scanned arrays a scan takes."""
+    if "ft_in" in eqn.params:  # JAX 0.12 on
+        consts, carry, xs = (len(list(part)) for part in eqn.params["ft_in"].unpack())
+        return consts, carry, xs
+    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    return consts, carry, len(eqn.invars) - consts - carry
 
 
 def _needed(eqns: Sequence[JaxprEqn], outputs: Iterable[Any]) -> set[Var]:
