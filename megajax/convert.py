@@ -128,7 +128,7 @@ def _abstract_params(config: Config, *, unboxed: bool) -> Any:
 
     family = FAMILIES[config.model_family]
     model = family.build_model(config.model, LocalSpecProvider())
-    params = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(1, 1))["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), *family.example_inputs(config.model, 1, 1))["params"]
     return nn.unbox(params) if unboxed else params
 
 

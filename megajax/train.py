@@ -35,8 +35,8 @@ def print_sharding(config: Config, devices: str) -> int:
     from megajax.training.setup import fit_config
     from megajax.training.sharding_table import sharding_table
 
-    config = fit_config(config, build_tokenizer(config.data.tokenizer))
     family, present = FAMILIES[config.model_family], jax.device_count()
+    config = fit_config(config, family, build_tokenizer(config.data.tokenizer))
     print(sharding_table(config, family, devices=int(devices) if devices else None, present=present))
     return 0
 

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megajax"
 
-# Imports go down or stay level. A prefix names a module or a package; the longest that fits counts.
+# Imports go down or stay level. A name is that of a module or a package of the first level.
 FLOORS = {
     "config": 0,
     "config_checks": 0,
@@ -51,6 +51,10 @@ FLOORS = {
     "plan": 6,
     "doctor": 6,
 }
+# What plugs a family into the programs stands on their floor: its record, data, and names of weights elsewhere.
+PLUGS = ("_family", "_data", "_hf", "_megatron")
+PLUG_MODULES = ("models.family", "models.language", "models.registry")
+PLUG_FLOOR = 5
 NO_FLAX = ("ops", "data")
 
 MAX_FILE_LINES, WISHED_FILE_LINES = 500, 400
@@ -153,6 +157,9 @@ def imports(module: Module, *, at_run_time: bool = False) -> Iterator[tuple[ast.
 
 def _floor(name: str) -> int | None:
     parts = name.split(".")
+    within = ".".join(parts[1:])
+    if within in PLUG_MODULES or (parts[1:2] == ["models"] and within.endswith(PLUGS)):
+        return PLUG_FLOOR
     return FLOORS.get(parts[1]) if len(parts) > 1 else 0
 
 

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,19 +17,32 @@ SPLITS = ("training", "validation", "test")
 
 
 class SampleDataset(Protocol):
-    """A sequence of samples, each a dict of arrays of the sequence length."""
+    """A sequence of samples, each a dict of arrays, of the same shapes in all of them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class TextDataset(SampleDataset, Protocol):
+    """Samples of tokens."""
+
     def token_frequencies(self, vocab_size: int) -> np.ndarray:
         """float64[vocab_size] that sum to 1."""
         ...
 
 
+class Sizes(NamedTuple):
+    """Samples that each split has to hold at least; None is one epoch."""
+
+    train: int | None
+    validation: int | None
+    test: int | None
+
+
 class Datasets(NamedTuple):
     """The three splits; None where a split holds less than one sample of distinct tokens."""
 
-    train: SampleDataset
+    train: Any
     validation: SampleDataset | None
     test: SampleDataset | None
 

@@ -220,7 +220,7 @@ def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
     for name, size, shards, divisor in (
         ("num_attention_heads", model.num_attention_heads, tp, by),
         ("ffn_hidden_size", model.ffn_hidden_size, tp, by),
-        (vocabulary, model.padded_vocab_size, tp * pp, by_both),
+        (vocabulary, 0 if model.vocab_size is None else model.padded_vocab_size, tp * pp, by_both),
     ):
         if (size or 0) % shards:
             raise ConfigError(f"{name}={size} is not divisible by {divisor}; change one of them")

@@ -4,7 +4,7 @@
 # S sequence
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -22,9 +22,24 @@ def document_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     return mask * np.concatenate([same, np.ones_like(same[..., :1])], axis=-1)
 
 
-def prepare_batch(batch: Mapping[str, np.ndarray], parallel: ParallelConfig) -> dict[str, np.ndarray]:
-    """The arrays [..., S] as the model gets them: documents masked, tokens in the order that the mesh wants."""
+def prepare_batch(
+    batch: Mapping[str, np.ndarray],
+    parallel: ParallelConfig,
+    axes_of: Callable[[str], tuple[str | None, ...]] = lambda name: ("batch", "seq"),
+) -> dict[str, np.ndarray]:
+    """The arrays as the model gets them: documents masked, sequences in the order that the mesh wants.
+
+    axes_of: array name -> the logical axes of its dims.
+    """
     prepared = {**batch, "loss_mask": document_mask(batch)}
     if not parallel.zigzag:
         return prepared
-    return {name: array[..., zigzag_indices(array.shape[-1], parallel.ring_size)] for name, array in prepared.items()}
+
+    def in_order(name: str, array: np.ndarray) -> np.ndarray:
+        axes = axes_of(name)
+        if "seq" not in axes:
+            return array
+        dim = axes.index("seq") - len(axes)
+        return np.take(array, zigzag_indices(array.shape[dim], parallel.ring_size), axis=dim)
+
+    return {name: in_order(name, array) for name, array in prepared.items()}

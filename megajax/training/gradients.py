@@ -34,16 +34,16 @@ EvalStep = Callable[[Any, Batch], tuple[Array, Array]]
 def loss_weights(loss_mask_MBS: Array, *, per_token: bool, data_parallel_size: int) -> Array:
     """What each token's loss is multiplied by; over a step the weights sum to 1.
 
-    per_token weighs all tokens alike. Otherwise as Megatron does by default: each microbatch of each data-parallel
-    shard counts the same, however many tokens of it are masked.
+    loss_mask: fp32 [M, B, ...]. per_token weighs all tokens alike. Otherwise as Megatron does by default: each
+    microbatch of each data-parallel shard counts the same, however many tokens of it are masked.
     """
     mask = loss_mask_MBS.astype(jnp.float32)
     if per_token:
         return mask / jnp.maximum(jnp.sum(mask), 1.0)
-    M, B, S = mask.shape
-    shards = mask.reshape(M, data_parallel_size, B // data_parallel_size, S)
+    M, B = mask.shape[:2]
+    shards = mask.reshape(M, data_parallel_size, B // data_parallel_size, -1)
     tokens = jnp.maximum(jnp.sum(shards, axis=(2, 3), keepdims=True), 1.0)
-    return (shards / tokens / (M * data_parallel_size)).reshape(M, B, S)
+    return (shards / tokens / (M * data_parallel_size)).reshape(mask.shape)
 
 
 def _scaled_weights(state: TrainState, mask: Array, config: Config, data_parallel_size: int) -> Array:
@@ -176,7 +176,8 @@ def make_eval_step(model: nn.Module, family: Family) -> EvalStep:
 
     def step(params: Any, batch: Batch) -> tuple[Array, Array]:
         def microbatch_loss(microbatch: Batch) -> Array:
-            return family.loss(model, params, microbatch, microbatch["loss_mask"], dropout_key=None).weighted_sum
+            mask = microbatch["loss_mask"]
+            return jnp.sum(family.loss(model, params, microbatch, mask, dropout_key=None).per_token * mask)
 
         return jnp.sum(jax.lax.map(microbatch_loss, dict(batch))), jnp.sum(batch["loss_mask"])
 

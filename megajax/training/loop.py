@@ -19,7 +19,7 @@ from megajax.checkpoint import CheckpointStore
 from megajax.config import Config
 from megajax.data.build import Datasets
 from megajax.data.loader import EvaluationLoader, Loader
-from megajax.training.flops import model_flops, peak_flops_per_second
+from megajax.training.flops import peak_flops_per_second
 from megajax.training.metrics import Console, Writer, format_step
 from megajax.training.setup import Program, on_mesh, place_batch, process_rows
 from megajax.training.state import TrainState
@@ -285,7 +285,7 @@ class _Reporter:
         config = self._program.config
         devices = self._program.mesh.size
         tokens = running.samples * config.data.seq_length
-        flops = model_flops(config.model, batch_size=running.samples, seq_length=config.data.seq_length)
+        flops = self._program.family.flops(config.model, batch_size=running.samples, seq_length=config.data.seq_length)
         per_device = flops / seconds / devices
         row: dict[str, float | int | None] = {
             "step": running.step,

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
 from megajax import cli
 from megajax.checkpoint import CheckpointStore
-from megajax.config import Config, ConfigError, TrainConfig
-from megajax.data.build import Datasets, build_datasets
+from megajax.config import Config
+from megajax.data.build import Datasets, Sizes
 from megajax.data.loader import Loader
-from megajax.data.sources import unigram_entropy
 from megajax.data.tokenizers import Tokenizer, build_tokenizer
-from megajax.inference.generate import Sampling, generate
-from megajax.models.family import Family
+from megajax.models.family import Family, Finished
 from megajax.parallel.mesh import describe as mesh_axes
 from megajax.training.files import new_file
 from megajax.training.loop import Evaluator, Result, TrainingStopped, train
@@ -49,8 +45,7 @@ def run(config: Config, family: Family) -> int:
 
     require_packages(config)
     tokenizer = build_tokenizer(config.data.tokenizer)
-    config = fit_config(config, tokenizer)
-    prompt = prompt_tokens(config, tokenizer)
+    config = fit_config(config, family, tokenizer)
     program = build_program(config, family)
     datasets = build_run_datasets(program, tokenizer)
     console.line(describe(program, tokenizer))
@@ -72,7 +67,7 @@ def run(config: Config, family: Family) -> int:
             samples = config.train.train_samples
             length = f"train_samples={samples}" if samples else f"train_iters={config.train.train_iters}"
             console.line(f"nothing to do: {source}, the end; to go on, raise {length}")
-            draw(run_dir, datasets, config)
+            draw(run_dir, datasets, program)
             return 0
         console.line(source)
         writers = open_writers(config, run_dir, resume_step=step or None)
@@ -83,9 +78,9 @@ def run(config: Config, family: Family) -> int:
         except TrainingStopped as error:
             sys.stderr.write(f"error: {error}\n")
             return 1
-    draw(run_dir, datasets, config)
+    draw(run_dir, datasets, program)
     if result.finished:
-        finish(program, result, datasets, tokenizer, prompt, console)
+        finish(program, result, datasets, tokenizer, console)
     console.line(f"in {run_dir}: config.json, metrics.jsonl, loss.png, checkpoints")
     return 0
 
@@ -97,12 +92,13 @@ def describe(program: Program, tokenizer: Tokenizer) -> str:
     mesh = mesh_axes(program.mesh)
     model, data = program.config.model, program.config.data
     device = jax.devices()[0]
+    vocabulary = "" if model.vocab_size is None else f", vocabulary {model.vocab_size} ({tokenizer.name})"
     if jax.process_count() > 1:
         mesh += f" of {jax.process_count()} processes"
     return (
         f"{program.config.model_family}: {params:,} parameters, {model.num_layers} layers, hidden size"
-        f" {model.hidden_size}, vocabulary {model.vocab_size} ({tokenizer.name}), {model.compute_dtype}\n"
-        f"{', '.join(data.data) or 'the documentation inside Python'}: sequences of {data.seq_length} tokens,"
+        f" {model.hidden_size}{vocabulary}, {model.compute_dtype}\n"
+        f"{', '.join(data.data) or program.family.default_data}: sequences of {data.seq_length} tokens,"
         f" batch {program.batches.global_batch_size}, on {mesh} ({device.device_kind}), attention in plain JAX"
     )
 
@@ -111,14 +107,8 @@ def build_run_datasets(program: Program, tokenizer: Tokenizer) -> Datasets:
     """The data sets, as long as the run will need them."""
     train, batches = program.config.train, program.batches
     evaluation = train.eval_iters * batches.micro_batch_size * batches.data_parallel_size
-    return build_datasets(
-        program.config.data,
-        tokenizer,
-        train_samples=train.train_samples or train.train_iters * batches.global_batch_size,
-        validation_samples=evaluation,
-        test_samples=evaluation,
-        seed=train.seed,
-    )
+    training = train.train_samples or train.train_iters * batches.global_batch_size
+    return program.family.datasets(program.config, tokenizer, Sizes(training, evaluation, evaluation))
 
 
 def checkpoint_folder(config: Config, run_dir: Path) -> Path:
@@ -182,69 +172,23 @@ def open_writers(config: Config, run_dir: Path, *, resume_step: int | None) -> l
     return make_writers(config, run_dir, as_json, resume_step=resume_step)
 
 
-def draw(run_dir: Path, datasets: Datasets, config: Config) -> None:
+def draw(run_dir: Path, datasets: Datasets, program: Program) -> None:
     """The loss curve so far, if there is one."""
     rows = read_rows(run_dir / "metrics.jsonl") if jax.process_index() == 0 else []
     if rows:
-        baseline = ("unigram entropy of the data", entropy_of(datasets, config))
+        baseline = program.family.baseline(program.config, datasets)
         plot_loss(rows, run_dir / "loss.png", title=run_dir.name, baseline=baseline)
 
 
-def entropy_of(datasets: Datasets, config: Config) -> float:
-    """Nats per token of the best model that ignores context, on the training data."""
-    assert config.model.vocab_size is not None
-    return unigram_entropy(datasets.train.token_frequencies(config.model.vocab_size))
-
-
-def finish(
-    program: Program, result: Result, datasets: Datasets, tokenizer: Tokenizer, prompt: list[int], console: Console
-) -> None:
-    """Prints the final losses and a sample of text. Every process must call it."""
+def finish(program: Program, result: Result, datasets: Datasets, tokenizer: Tokenizer, console: Console) -> None:
+    """Prints the final losses and what the family has to show. Every process must call it."""
     losses = {"validation": result.val_loss, "test": Evaluator(program, datasets)(result.state.params, "test")}
     shown = ", ".join(f"{split} loss {loss:.4f}" for split, loss in losses.items() if loss is not None)
-    entropy = entropy_of(datasets, program.config)
-    console.line(f"\n{shown or 'no validation data'} nats per token; unigram entropy of the data {entropy:.4f}")
-    if program.config.train.sample_tokens:
-        console.line(f"\nsample:\n{sample_text(program, result.state.params, tokenizer, prompt)}\n")
-
-
-def prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
-    """The ids that the sample at the end of a run starts from; `eod` alone for an empty prompt.
-
-    Raises:
-      ConfigError: the prompt fills the sequence, or the tokenizer cannot read it.
-    """
-    prompt = config.train.sample_prompt
-    try:
-        ids = tokenizer.tokenize(prompt)
-    except ConfigError as error:
-        if prompt != TrainConfig.sample_prompt:
-            raise ConfigError(f"sample_prompt={prompt!r}: {error}") from error
-        ids = []  # the default is English, which is no text to a tokenizer of numbers
-    room = config.data.seq_length - max(len(ids), 1)
-    if config.train.sample_tokens and room < 1:
-        raise ConfigError(
-            f"sample_prompt={prompt!r} has {len(ids)} tokens and leaves no room in seq_length="
-            f"{config.data.seq_length}; shorten it, or set sample_tokens=0"
-        )
-    return ids or [tokenizer.eod]
-
-
-def sample_text(program: Program, params: Any, tokenizer: Tokenizer, prompt: list[int]) -> str:
-    """The prompt and its continuation by the model. Every process must call it."""
-    train = program.config.train
-    params = program.stages.to_stored(params)
+    console.line(f"\n{shown or 'no validation data'}")
+    params = program.stages.to_stored(result.state.params)
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    tokens = generate(
-        program.model,
-        jax.device_put(params, jax.local_devices()[0]),
-        jnp.asarray([prompt], jnp.int32),
-        num_tokens=min(train.sample_tokens, program.config.data.seq_length - len(prompt)),
-        sampling=Sampling(temperature=0.6, top_p=0.95),
-        key=jax.random.key(train.seed),
-    )
-    new = np.asarray(tokens[0]).tolist()
-    if tokenizer.eod in new:
-        new = new[: new.index(tokenizer.eod)]
-    return tokenizer.detokenize([*prompt, *new])
+    if jax.process_index() == 0:
+        params = jax.device_put(params, jax.local_devices()[0])
+        for line in program.family.epilogue(Finished(program.config, program.model, params, datasets, tokenizer)):
+            console.line(line)

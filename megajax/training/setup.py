@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -46,6 +45,7 @@ class Program(NamedTuple):
     """
 
     config: Config
+    family: Family
     mesh: Mesh
     rules: AxisRules
     stages: Stages
@@ -60,28 +60,15 @@ class Program(NamedTuple):
     eval_microbatches: int
 
 
-def fit_config(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with the vocabulary size that the tokenizer needs, checked against the rest."""
-    given = config.model.vocab_size
-    if given is not None and given < tokenizer.vocab_size:
-        raise ConfigError(
-            f"vocab_size={given} is less than the {tokenizer.vocab_size} ids of tokenizer={config.data.tokenizer!r};"
-            " raise it or leave it out"
-        )
-    longest = config.model.max_sequence_length
-    if config.model.position_embedding_type == "learned_absolute" and longest is None:
-        longest = config.data.seq_length
-    if longest is not None and config.data.seq_length > longest:
-        raise ConfigError(
-            f"seq_length={config.data.seq_length} exceeds max_sequence_length={longest}; change one of them"
-        )
+def fit_config(config: Config, family: Family, tokenizer: Tokenizer) -> Config:
+    """The config with what tokenizer and data decide, the vocabulary size for one, checked against the rest."""
+    config = family.fit(config, tokenizer)
     start, end = config.train.profile_step_start, config.train.profile_step_end
     if end is not None and (start is None or end <= start):
         raise ConfigError(f"profile_step_end={end} must come after profile_step_start={start}; change one of them")
     _check_sequence(config)
-    model = config.model.replace(vocab_size=given or tokenizer.vocab_size, max_sequence_length=longest)
-    sharding.validate_model(model, config.parallel)
-    return dataclasses.replace(config, model=model)
+    sharding.validate_model(config.model, config.parallel)
+    return config
 
 
 def _check_sequence(config: Config) -> None:
@@ -107,6 +94,7 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
     train_step = make_train_step(gradients, config, drawn.optimizer, schedule)
     return Program(
         config=config,
+        family=family,
         mesh=mesh,
         rules=drawn.rules,
         stages=drawn.stages,
@@ -138,6 +126,7 @@ def _gradients_and_evaluation(
 ) -> tuple[GradientsFn, EvalStep]:
     model, rules, param_axes = drawn.model, drawn.rules, drawn.param_axes
     if config.parallel.pipeline_model_parallel_size > 1:
+        assert family.pipeline_pieces is not None  # `Stages.of` has refused the rest
         pieces = family.pipeline_pieces(model)
         pipeline = PipelineProgram(pieces, drawn.stages, config, rules, param_axes, data_parallel_size=dp)
         return pipeline.gradients, pipeline.evaluate
@@ -201,25 +190,27 @@ def process_rows(program: Program) -> ProcessRows | None:
 
 
 def _global_array(array: Any, ours: ProcessRows, place: NamedSharding) -> jax.Array:
-    def part(index: Any) -> Any:
-        rows = range(ours.of)[index[-2]]  # neighbours, so they are neighbours among ours, too
-        at = ours.rows.index(rows.start)
-        return array[(*index[:-2], slice(at, at + len(rows)), index[-1])]
+    """array [M, n, ...], this process's rows, to the global [M, B, ...]."""
 
-    return jax.make_array_from_callback((*array.shape[:-2], ours.of, array.shape[-1]), place, part)
+    def part(index: Any) -> Any:
+        rows = range(ours.of)[index[1]]  # neighbours, so they are neighbours among ours, too
+        at = ours.rows.index(rows.start)
+        return array[(index[0], slice(at, at + len(rows)), *index[2:])]
+
+    return jax.make_array_from_callback((array.shape[0], ours.of, *array.shape[2:]), place, part)
 
 
 def place_batch(program: Program, batch: dict[str, Any], *, num_microbatches: int) -> dict[str, jax.Array]:
-    """This process's rows [n, S] of each array to global arrays [M, B, S].
+    """This process's rows [n, ...] of each array to global arrays [M, B, ...].
 
     Row j of the global batch belongs to microbatch j // B, as in Megatron's sampler.
     """
-    ours = process_rows(program)
-    batch = prepare_batch(batch, program.config.parallel)
-    place = NamedSharding(program.mesh, sharding.spec_of((None, "batch", "seq"), program.rules.table))
+    ours, axes_of = process_rows(program), program.family.axes_of
+    batch = prepare_batch(batch, program.config.parallel, axes_of)
 
-    def put(array: Any) -> jax.Array:
+    def put(name: str, array: Any) -> jax.Array:
+        place = NamedSharding(program.mesh, sharding.spec_of((None, *axes_of(name)), program.rules.table))
         array = array.reshape(num_microbatches, -1, *array.shape[1:])
         return jax.device_put(array, place) if ours is None else _global_array(array, ours, place)
 
-    return {name: put(array) for name, array in batch.items()}
+    return {name: put(name, array) for name, array in batch.items()}

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from megajax.checkpoint.tree import spread_evenly
-from megajax.config import Config
+from megajax.config import Config, ConfigError
 from megajax.models.family import Family
 from megajax.parallel.pipeline_layout import parse_layout, split_layers
 from megajax.parallel.pipeline_pieces import Params
@@ -64,6 +64,11 @@ class Stages:
         parallel = config.parallel
         if parallel.pipeline_model_parallel_size == 1:
             return cls({})
+        if family.layer_segments is None:
+            raise ConfigError(
+                f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}: --model {family.name} has no"
+                " pipeline; set it to 1"
+            )
         return cls(
             place_layers(
                 family.layer_segments(model),

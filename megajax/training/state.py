@@ -44,7 +44,7 @@ class TrainState(struct.PyTreeNode):
 
 def abstract_params(model: nn.Module, family: Family, config: Config) -> Any:
     """Shapes and logical axes of the parameters, boxed as linen gives them; allocates nothing."""
-    inputs = family.example_inputs(1, config.data.seq_length)
+    inputs = family.example_inputs(config.model, 1, config.data.seq_length)
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
@@ -62,7 +62,7 @@ def create_state(
     `place` moves the rows of the parameters to where pipeline stages want them.
     """
     params_key, dropout_key = jax.random.split(jax.random.key(seed))
-    inputs = family.example_inputs(1, config.data.seq_length)
+    inputs = family.example_inputs(config.model, 1, config.data.seq_length)
     params = place(nn.unbox(model.init(params_key, *inputs))["params"])
     return TrainState(
         step=jnp.int32(0),

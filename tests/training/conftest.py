@@ -79,7 +79,9 @@ class Tiny:
         config = cli.parse(self.argv("unused", flags), prog="train", families=FAMILIES)
         tokenizer = build_tokenizer(config.data.tokenizer)
         return build_program(
-            fit_config(config, tokenizer), FAMILIES[config.model_family], devices=jax.devices()[:devices]
+            fit_config(config, FAMILIES[config.model_family], tokenizer),
+            FAMILIES[config.model_family],
+            devices=jax.devices()[:devices],
         )
 
     def datasets(self, program: Program) -> Any:

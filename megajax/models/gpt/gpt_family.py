@@ -59,6 +59,14 @@ def build_model(config: TransformerConfig, backend: BackendSpecProvider) -> nn.M
     return GPTModel(config, get_gpt_decoder_block_spec(config, backend), backend=backend)
 
 
+def config_of(model: nn.Module) -> TransformerConfig:
+    """The config with the model's own arguments put in."""
+    from megajax.models.gpt.gpt_model import GPTModel
+
+    assert isinstance(model, GPTModel)
+    return model.resolved_config
+
+
 def loss(
     model: nn.Module, params: Any, batch: Batch, weights: jax.Array, *, dropout_key: jax.Array | None
 ) -> FusedLoss:
@@ -107,10 +115,11 @@ def layer_segments(model: nn.Module) -> tuple[Segment, ...]:
     return stack_layout(model.resolved_config, model.layer_specs)
 
 
-def example_inputs(batch: int, seq_length: int) -> tuple[Any, ...]:
+def example_inputs(config: TransformerConfig, batch: int, seq_length: int) -> tuple[Any, ...]:
     """Tokens to initialise with."""
     import jax.numpy as jnp
 
+    del config
     return (jnp.zeros((batch, seq_length), jnp.int32),)
 
 
@@ -120,6 +129,7 @@ GPT = Family(
     default=DEFAULT,
     presets=PRESETS,
     build_model=build_model,
+    config_of=config_of,
     loss=loss,
     example_inputs=example_inputs,
     pipeline_pieces=pipeline_pieces,
