@@ -17,20 +17,22 @@ from megajax.config import ConfigError, TransformerConfig
 from megajax.interop.hf_architecture import Architecture, Tensor, abstract_leaves, check_names, tensor_plan
 from megajax.interop.hf_choice import choose
 from megajax.interop.hf_fields import PLUMBING, read_config
-from megajax.interop.hf_gpt2 import GPT2
-from megajax.interop.hf_llama import LLAMA_LIKE
 from megajax.interop.hf_safetensors import MAX_SHARD_SIZE, TensorEntry, tensor_table, write_checkpoint
 from megajax.interop.pretrained import Pretrained
-from megajax.models.gpt.gpt_model import GPTModel
-
-ARCHITECTURES: tuple[Architecture, ...] = (*LLAMA_LIKE, GPT2)
-"""Every architecture that is read and written; where several can express a model, the first one is written."""
+from megajax.models.registry import FAMILIES
 
 Path = str | os.PathLike[str]
 
 
+def architectures(family: str | None = None) -> tuple[tuple[str, Architecture], ...]:
+    """(family, architecture) of every one that is read and written, or of one family's. Where several can express a
+    model, the first is written."""
+    chosen = [record for name, record in FAMILIES.items() if family in (None, name)]
+    return tuple((record.name, architecture) for record in chosen for architecture in record.hf())
+
+
 def load(path: Path, *, make_vocab_size_divisible_by: int = 1) -> Pretrained:
-    """Reads a causal language model from a folder with config.json and model.safetensors (or shards and their index).
+    """Reads a model from a folder with config.json and model.safetensors (or shards and their index).
 
     The weights keep the files' dtype (float32 where files mix several), which becomes `params_dtype`. They are read
     one tensor at a time into NumPy arrays: move them to devices, sharded or not, as you need.
@@ -46,31 +48,33 @@ def load(path: Path, *, make_vocab_size_divisible_by: int = 1) -> Pretrained:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the folder with config.json and model.safetensors")
     values = read_config(folder)
-    architecture, is_base = _named(values)
-    if is_base:  # no head in the file: logits, if anyone asks for them, come from the embedding
+    family, architecture, is_base = _named(values)
+    if (
+        is_base and architecture.head is not None
+    ):  # no head in the file: logits, if anyone asks for them, come from the embedding
         values["tie_word_embeddings"] = True
     config = architecture.read_config(values).replace(make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     table = tensor_table(folder)
     config = config.replace(params_dtype=_common_dtype(architecture, table))
-    model = GPTModel(config)
+    model = architecture.build(config)
     prefix = architecture.prefix if any(name.startswith(architecture.prefix) for name in table) else ""
-    shapes = abstract_leaves(model)
-    plan = tensor_plan(architecture, model, shapes, prefix)
+    shapes = abstract_leaves(model, architecture.example_inputs(config))
+    plan = tensor_plan(architecture, config, model, shapes, prefix)
     second_head = _second_head(architecture, config, table)
     check_names(architecture, plan, table, prefix)
     leaves = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
     for name, entry in table.items():
         if name in plan:
             plan[name].store(entry.read(), leaves)
-    if second_head is not None:
-        _require_tied(architecture, second_head, leaves["embedding/word_embeddings/embedding"])
-    return Pretrained("gpt", config, model, unflatten_dict(leaves, sep="/"))
+    if second_head is not None and architecture.head is not None:
+        _require_tied(architecture.head.name, second_head, leaves["embedding/word_embeddings/embedding"])
+    return Pretrained(family, config, model, unflatten_dict(leaves, sep="/"))
 
 
 def save(pretrained: Pretrained, path: Path, *, like: Path | None = None, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Writes a folder that transformers loads: config.json and safetensors, in the parameters' dtype.
 
-    The architecture is the first of `ARCHITECTURES` whose config.json can express every option that matters. Padding
+    The architecture is the first of the family's whose config.json can express every option that matters. Padding
     of the vocabulary is cut off. A checkpoint that already lies in the folder is replaced once the new one is complete;
     other files stay.
 
@@ -83,14 +87,14 @@ def save(pretrained: Pretrained, path: Path, *, like: Path | None = None, max_sh
       ConfigError: no architecture can express the model, or the folder cannot be written.
     """
     model = pretrained.model
-    if pretrained.family != "gpt" or not isinstance(model, GPTModel):
-        raise ConfigError(f"family={pretrained.family!r} has no Hugging Face counterpart here; only gpt has")
-    config = model.resolved_config
+    candidates = tuple(architecture for _, architecture in architectures(pretrained.family))
+    if not candidates:
+        raise ConfigError(f"family={pretrained.family!r} has no Hugging Face counterpart here")
+    config = FAMILIES[pretrained.family].config_of(model)
     source = {} if like is None else read_config(pathlib.Path(like))
-    candidates = (_named(source)[0],) if source else ARCHITECTURES
-    architecture = choose(config, candidates)
-    shapes = abstract_leaves(model)
-    plan = tensor_plan(architecture, model, shapes, architecture.prefix)
+    architecture = choose(config, (_named(source)[1],) if source else candidates)
+    shapes = abstract_leaves(model, architecture.example_inputs(config))
+    plan = tensor_plan(architecture, config, model, shapes, architecture.prefix)
     leaves: dict[str, Any] = dict(flatten_dict(nn.unbox(pretrained.params), sep="/"))
     _check_leaves(shapes, leaves)
     dtypes = {name: jnp.dtype(leaf.dtype) for name, leaf in leaves.items()}
@@ -103,15 +107,15 @@ def save(pretrained: Pretrained, path: Path, *, like: Path | None = None, max_sh
     write_checkpoint(pathlib.Path(path), tensors, values, companions=companions, max_shard_size=max_shard_size)
 
 
-def _named(values: Mapping[str, Any]) -> tuple[Architecture, bool]:
-    """(the architecture that config.json names, whether it is the one without a head)."""
+def _named(values: Mapping[str, Any]) -> tuple[str, Architecture, bool]:
+    """(family, the architecture that config.json names, whether it is the one without a head)."""
     names = values.get("architectures") or []
-    for architecture in ARCHITECTURES:
+    for family, architecture in architectures():
         if architecture.name in names or architecture.base in names:
-            return architecture, architecture.name not in names
+            return family, architecture, architecture.name not in names
         if not names and values.get("model_type") == architecture.model_type:
-            return architecture, False
-    known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+            return family, architecture, False
+    known = ", ".join(architecture.name for _, architecture in architectures())
     stated = f"architectures={names}" if names else f"model_type={values.get('model_type')!r}"
     raise ConfigError(f"config.json: {stated} is not supported; known: {known}")
 
@@ -126,15 +130,15 @@ def _second_head(
     architecture: Architecture, config: TransformerConfig, table: dict[str, TensorEntry]
 ) -> TensorEntry | None:
     """Takes a tied model's copy of the embedding out of `table`."""
-    return table.pop(architecture.head.name, None) if config.share_embeddings_and_output_weights else None
+    head = architecture.head
+    return table.pop(head.name, None) if head is not None and config.share_embeddings_and_output_weights else None
 
 
-def _require_tied(architecture: Architecture, head: TensorEntry, embedding: np.ndarray) -> None:
+def _require_tied(name: str, head: TensorEntry, embedding: np.ndarray) -> None:
     values = head.read().astype(embedding.dtype)
     if not np.array_equal(values, embedding[: values.shape[0]]):
         raise ConfigError(
-            f"config.json: tie_word_embeddings=true, but {architecture.head.name} differs from the embedding;"
-            " set it to false"
+            f"config.json: tie_word_embeddings=true, but {name} differs from the embedding; set it to false"
         )
 
 

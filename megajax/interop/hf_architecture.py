@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from megajax.config import ConfigError, TransformerConfig
+from megajax.interop.codec import Codec
 from megajax.interop.hf_fields import Fields
 from megajax.interop.hf_safetensors import LazyTensor, TensorEntry
-from megajax.models.gpt.gpt_model import GPTModel
 from megajax.spec import Builder
 from megajax.transformer.block import stack_layout
 from megajax.transformer.stack import locate
@@ -45,11 +45,11 @@ HEAD = Row("lm_head.weight", ("output_layer/kernel",), transposed=True, vocabula
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One architecture. A new one is one more record in `hf.ARCHITECTURES`.
+    """One architecture. A new one is one more record of its family's.
 
     Attributes:
       name: class with the language model head, as `architectures` of config.json has it.
-      base: class without the head.
+      base: class without the head; None if there is none.
       model_type: config.json's `model_type`.
       defaults: value of each field that config.json may leave out.
       read: fields -> arguments of `TransformerConfig`.
@@ -58,24 +58,33 @@ class Architecture:
       rows: tensors outside the layers, without the prefix. layer_rows: those of each layer.
       head: the output layer's tensor.
       ignored: pattern of names, without the prefix, that hold no weights.
+      config_type: what `read` gives the arguments of.
+      build: config -> model.
+      example_inputs: config -> arguments of `model.init`.
+      plan: (architecture, config, model, shapes of the parameters by path, prefix) -> the tensors of a file by name;
+        None is a decoder's, by the rows above.
     """
 
     name: str
-    base: str
+    base: str | None
     model_type: str
     defaults: Mapping[str, Any]
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[TransformerConfig], dict[str, Any]]
     prefix: str
-    rows: tuple[Row, ...]
-    layer_rows: tuple[Row, ...]
-    head: Row = HEAD
+    build: Callable[[Any], nn.Module]
+    rows: tuple[Row, ...] = ()
+    layer_rows: tuple[Row, ...] = ()
+    head: Row | None = HEAD
     ignored: str = r"(?!)"
+    config_type: type[TransformerConfig] = TransformerConfig
+    example_inputs: Callable[[Any], tuple[Any, ...]] = lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+    plan: Callable[[Architecture, Any, Any, Mapping[str, Any], str], dict[str, Tensor]] | None = None
 
     def read_config(self, values: Mapping[str, Any]) -> TransformerConfig:
         """config.json -> TransformerConfig; every field is mapped, plumbing, or refused."""
         fields = Fields(values, self.defaults)
-        config = TransformerConfig(**self.read(fields))
+        config = self.config_type(**self.read(fields))
         fields.finish()
         return config
 
@@ -95,19 +104,18 @@ def layer_reader(config: TransformerConfig, layer_specs: Sequence[Builder]) -> C
     return lambda layer: locate(segments, layer)
 
 
-def abstract_leaves(model: GPTModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter, without making any."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(lambda key, ids: model.init(key, ids)["params"], jax.random.key(0), tokens)
+def abstract_leaves(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter, without making any. inputs: arguments of `model.init`."""
+    boxed = jax.eval_shape(lambda key, *args: model.init(key, *args)["params"], jax.random.key(0), *inputs)
     leaves: dict[str, Any] = dict(flatten_dict(nn.unbox(boxed), sep="/"))
     return leaves
 
 
 class Part(NamedTuple):
-    """A parameter, or one row of a stacked one."""
+    """A parameter, or a row of a stacked one: its layer, or (layer, expert)."""
 
     path: str
-    row: int | None
+    row: int | tuple[int, ...] | None
     shape: tuple[int, ...]
 
     def of(self, leaves: Leaves) -> np.ndarray:
@@ -117,16 +125,19 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One tensor of the file with the parameters it holds."""
+    """One tensor of the file with the parameters it holds. A codec, where there is one, says how."""
 
     parts: tuple[Part, ...]
     transposed: bool
     vocab_size: int | None
     dtype: np.dtype
+    codec: Codec | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape in the file."""
+        if self.codec is not None:
+            return self.codec.shape
         width = sum(part.shape[-1] for part in self.parts)
         shape = (*self.parts[0].shape[:-1], width)
         shape = shape[::-1] if self.transposed else shape
@@ -137,6 +148,8 @@ class Tensor(NamedTuple):
 
         def make() -> np.ndarray:
             arrays = [part.of(leaves) for part in self.parts]
+            if self.codec is not None:
+                return np.ascontiguousarray(self.codec.join(arrays))
             array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
             array = array.T if self.transposed else array
             return array if self.vocab_size is None else array[: self.vocab_size]
@@ -145,6 +158,10 @@ class Tensor(NamedTuple):
 
     def store(self, array: np.ndarray, leaves: Leaves) -> None:
         """Puts what the file holds into `leaves`; rows that pad the vocabulary keep what they have."""
+        if self.codec is not None:
+            for part, piece in zip(self.parts, self.codec.split(array), strict=True):
+                leaves[part.path][... if part.row is None else part.row] = piece
+            return
         array = array.T if self.transposed else array
         start = 0
         for part in self.parts:
@@ -155,7 +172,7 @@ class Tensor(NamedTuple):
 
 
 def tensor_plan(
-    architecture: Architecture, model: GPTModel, leaves: Mapping[str, jax.ShapeDtypeStruct], prefix: str
+    architecture: Architecture, config: TransformerConfig, model: nn.Module, leaves: Mapping[str, Any], prefix: str
 ) -> dict[str, Tensor]:
     """Every tensor that a file of this model has. Rows whose parameters the model lacks (biases, say) drop out.
 
@@ -166,31 +183,66 @@ def tensor_plan(
     Raises:
       ConfigError: the model has parameters that the architecture has no tensor for.
     """
-    config = model.resolved_config
-    where = layer_reader(config, model.layer_specs)
-    plan: dict[str, Tensor] = {}
-
-    def add(name: str, row: Row, folder: str, index: int | None) -> None:
-        paths = [folder + part for part in row.parts]
-        present = [path for path in paths if path in leaves]
-        if len(present) != len(paths):
-            return
-        cut = 0 if index is None else 1
-        parts = tuple(Part(path, index, leaves[path].shape[cut:]) for path in paths)
-        vocab = config.vocab_size if row.vocabulary else None
-        plan[name] = Tensor(parts, row.transposed, vocab, np.dtype(leaves[paths[0]].dtype))
-
-    for row in architecture.rows:
-        add(prefix + row.name, row, "", None)
-    for i in range(config.num_layers):
-        stack, index = where(i)
-        for row in architecture.layer_rows:
-            add(prefix + row.name.format(i=i), row, f"decoder/{stack}/", index)
-    add(architecture.head.name, architecture.head, "", None)
-    held = {(part.path, part.row) for tensor in plan.values() for part in tensor.parts}
-    lost = sorted(set(leaves) - {path for path, _ in held})
+    make = architecture.plan or decoder_plan
+    plan = make(architecture, config, model, leaves, prefix)
+    held = {part.path for tensor in plan.values() for part in tensor.parts}
+    lost = sorted(set(leaves) - held)
     if lost:
         raise ConfigError(f"{architecture.name} has no tensor for {_first(lost)}")
+    return plan
+
+
+def decoder_plan(
+    architecture: Architecture, config: TransformerConfig, model: Any, leaves: Mapping[str, Any], prefix: str
+) -> dict[str, Tensor]:
+    """The tensors of a model with one stack of layers, "decoder", by the architecture's rows."""
+    plan = rows_plan(architecture.rows, leaves, config, prefix)
+    plan |= layer_plan(architecture.layer_rows, leaves, config, model.layer_specs, prefix)
+    return plan | rows_plan([architecture.head] if architecture.head else [], leaves, config)
+
+
+def rows_plan(
+    rows: Iterable[Row],
+    leaves: Mapping[str, Any],
+    config: TransformerConfig,
+    prefix: str = "",
+    *,
+    folder: str = "",
+    row: int | tuple[int, ...] | None = None,
+    **numbers: int,
+) -> dict[str, Tensor]:
+    """The tensors of rows whose parameters the model has, all of each row's.
+
+    Args:
+      folder: what the paths of the parts start with. row: their row there. numbers: what `{i}` in the names stands for.
+    """
+    plan: dict[str, Tensor] = {}
+    cut = 0 if row is None else 1 if isinstance(row, int) else len(row)
+    for it in rows:
+        paths = [folder + part for part in it.parts]
+        if all(path in leaves for path in paths):
+            parts = tuple(Part(path, row, leaves[path].shape[cut:]) for path in paths)
+            vocab = config.vocab_size if it.vocabulary else None
+            dtype = np.dtype(leaves[paths[0]].dtype)
+            plan[prefix + it.name.format(**numbers)] = Tensor(parts, it.transposed, vocab, dtype)
+    return plan
+
+
+def layer_plan(
+    rows: Sequence[Row],
+    leaves: Mapping[str, Any],
+    config: TransformerConfig,
+    layer_specs: Sequence[Builder],
+    prefix: str = "",
+    *,
+    block: str = "decoder",
+) -> dict[str, Tensor]:
+    """`rows_plan` of each layer of a `TransformerBlock` whose parameters lie in `block`."""
+    where = layer_reader(config, layer_specs)
+    plan: dict[str, Tensor] = {}
+    for i in range(config.num_layers):
+        stack, row = where(i)
+        plan |= rows_plan(rows, leaves, config, prefix, folder=f"{block}/{stack}/", row=row, i=i)
     return plan
 
 

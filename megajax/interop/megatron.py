@@ -12,11 +12,11 @@ import numpy as np
 from megajax.config import ConfigError
 from megajax.interop import megatron_checkpoint, megatron_layouts
 from megajax.interop.hf_safetensors import LazyTensor, tensor_table, write_checkpoint
-from megajax.interop.megatron_config import megatron_settings, transformer_config
 from megajax.interop.megatron_layouts import StateDict
 from megajax.interop.megatron_shards import merge_tensor_parallel, split_tensor_parallel
 from megajax.interop.pretrained import Pretrained
-from megajax.models.gpt.gpt_model import GPTModel
+from megajax.models.family import MegatronWeights
+from megajax.models.registry import FAMILIES
 
 __all__ = [
     "load",
@@ -28,19 +28,16 @@ __all__ = [
     "split_tensor_parallel",
 ]
 
-FAMILIES = ("gpt",)
-"""Families that can be read and written."""
-
 
 def load(state_dict: StateDict, family: str, config: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> Pretrained:
     """Megatron-Core weights to a model.
 
     Args:
       state_dict: Megatron's names (of its local or its Transformer Engine layers) to arrays, unsharded.
-      family: "gpt".
+      family: name in `megajax.models.registry`.
       config: fields of Megatron's TransformerConfig, and the attributes it reads beside them (`yarn_*`); dtypes and
         functions as objects or as text. Fields that steer processes and kernels are ignored.
-      model_kwargs: arguments of Megatron's GPTModel. `vocab_size` and `max_sequence_length` default to the tables'
+      model_kwargs: arguments of Megatron's model. `vocab_size` and `max_sequence_length` default to the tables'
         rows. More rows than `vocab_size` are padding of the vocabulary.
 
     Returns:
@@ -49,35 +46,21 @@ def load(state_dict: StateDict, family: str, config: Mapping[str, Any], model_kw
     Raises:
       ConfigError: a field that is unknown or asks for something unsupported; tensors missing, surplus or misshapen.
     """
-    if family not in FAMILIES:
-        raise ConfigError(
-            f"family={family!r} cannot be read from Megatron weights yet; use one of {', '.join(FAMILIES)}"
-        )
-    tensors = megatron_layouts.canonical(state_dict)
-    rows = megatron_layouts.vocabulary_rows(tensors)
-    model_kwargs = {"vocab_size": rows, **model_kwargs}
-    positions = tensors.get("embedding.position_embeddings.weight")
-    if positions is not None and model_kwargs.get("max_sequence_length") is None:
-        model_kwargs["max_sequence_length"] = len(positions)
-    cfg = transformer_config(config, model_kwargs)
-    if rows > cfg.padded_vocab_size:
-        cfg = cfg.replace(make_vocab_size_divisible_by=rows)
-    if cfg.share_embeddings_and_output_weights:
-        _drop_tied_copy(tensors)
-    model = GPTModel(cfg)
-    abstract = megatron_layouts.abstract_params(model)
-    wanted = list(megatron_layouts.tensors(cfg, model, abstract))
+    weights, tensors = _weights(family), megatron_layouts.canonical(state_dict)
+    cfg = weights.read_config(config, model_kwargs, tensors)
+    model = weights.build(cfg)
+    abstract = megatron_layouts.abstract_params(model, FAMILIES[family].example_inputs(cfg, 1, 1))
+    wanted = list(weights.tensors(cfg, model, abstract))
     return Pretrained(family, cfg, model, megatron_layouts.to_params(tensors, wanted, abstract))
 
 
-def _drop_tied_copy(tensors: dict[str, np.ndarray]) -> None:
-    """The last pipeline stage of a tied model keeps the embedding a second time, as its output layer."""
-    copy = tensors.pop("output_layer.weight", None)
-    if copy is not None and not np.array_equal(copy, tensors["embedding.word_embeddings.weight"]):
-        raise ConfigError(
-            "output_layer.weight differs from the embedding although share_embeddings_and_output_weights=True;"
-            " set it to False"
-        )
+def _weights(family: str) -> MegatronWeights:
+    known = {name: record.megatron for name, record in FAMILIES.items()}
+    weights = known.get(family)
+    if weights is None:
+        can = ", ".join(name for name, it in known.items() if it is not None)
+        raise ConfigError(f"family={family!r} has no Megatron weights here; use one of {can}")
+    return weights()
 
 
 def load_checkpoint(
@@ -116,11 +99,7 @@ def save(pretrained: Pretrained) -> dict[str, np.ndarray]:
 
 def lazy_tensors(pretrained: Pretrained) -> dict[str, LazyTensor]:
     """What `save` returns, each tensor made on demand: a model that nearly fills the memory can still be written."""
-    model = pretrained.model
-    if not isinstance(model, GPTModel):
-        raise ConfigError(
-            f"family={pretrained.family!r} cannot be written as Megatron weights yet; use one of {', '.join(FAMILIES)}"
-        )
+    weights, config = _weights(pretrained.family), FAMILIES[pretrained.family].config_of(pretrained.model)
     params = megatron_layouts.flatten(pretrained.params)
     return {
         tensor.name: LazyTensor(
@@ -128,11 +107,11 @@ def lazy_tensors(pretrained: Pretrained) -> dict[str, LazyTensor]:
             tensor.shape,
             partial(megatron_layouts.from_params, params, tensor),
         )
-        for tensor in megatron_layouts.tensors(model.resolved_config, model, params)
+        for tensor in weights.tensors(config, pretrained.model, params)
     }
 
 
-def load_folder(path: str | Path) -> Pretrained:
+def load_folder(path: str | Path, family: str = "gpt") -> Pretrained:
     """Reads a folder with safetensors and a config.json `{"transformer_config": fields, "model_args": arguments}`, or a
     torch_dist checkpoint, beside which such a config.json may lie.
 
@@ -144,11 +123,11 @@ def load_folder(path: str | Path) -> Pretrained:
     if (folder / "config.json").is_file():
         config, model_kwargs = _read_settings(folder / "config.json")
     if (folder / "latest_checkpointed_iteration.txt").is_file() or (folder / ".metadata").is_file():
-        return load_checkpoint(folder, "gpt", config, model_kwargs)
+        return load_checkpoint(folder, family, config, model_kwargs)
     if config is None:
         raise ConfigError(f"{folder}: holds neither config.json nor a torch_dist checkpoint; give the folder of one")
     tensors = {name: entry.read() for name, entry in tensor_table(folder).items()}
-    return load(tensors, "gpt", config, model_kwargs or {})
+    return load(tensors, family, config, model_kwargs or {})
 
 
 def _read_settings(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -167,5 +146,5 @@ def save_folder(pretrained: Pretrained, path: str | Path) -> None:
     Raises:
       ConfigError: a Megatron config cannot express the model, or the folder cannot be written.
     """
-    fields, arguments = megatron_settings(pretrained.config)
+    fields, arguments = _weights(pretrained.family).write_config(pretrained.config)
     write_checkpoint(Path(path), lazy_tensors(pretrained), {"transformer_config": fields, "model_args": arguments})

@@ -17,14 +17,16 @@ _DEFAULTS = {
 }
 
 
-def _translate(given: Fields, rules: Mapping[str, Rule], what: str) -> dict[str, Any]:
+def _translate(given: Fields, rules: Mapping[str, Rule], what: str, family: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in given.items():
         rule = rules.get(name)
         if rule is None:
             raise ConfigError(f"{name}={value!r} is not a {what} that megajax knows; remove it or rename it")
         if isinstance(rule, Refused) and not any(_equal(value, default) for default in rule.defaults):
-            raise ConfigError(f"{name}={value!r} is not supported for family 'gpt'; it must be {rule.defaults[0]!r}")
+            raise ConfigError(
+                f"{name}={value!r} is not supported for family {family!r}; it must be {rule.defaults[0]!r}"
+            )
         if isinstance(rule, Mapped):
             result |= rule.convert(value, given)
     return result
@@ -35,12 +37,26 @@ def _equal(value: Any, default: Any) -> bool:
 
 
 def transformer_config(fields: Fields, model_arguments: Fields) -> TransformerConfig:
-    """The config that computes what Megatron's GPTModel does with these settings.
+    """The config that computes what Megatron's GPTModel does with these settings; see `config_arguments`."""
+    return TransformerConfig(**config_arguments(fields, model_arguments, family="gpt"))
+
+
+def config_arguments(
+    fields: Fields,
+    model_arguments: Fields,
+    *,
+    family: str,
+    field_rules: Mapping[str, Rule] = FIELDS,
+    argument_rules: Mapping[str, Rule] = MODEL_ARGUMENTS,
+) -> dict[str, Any]:
+    """Arguments of the config that computes what Megatron's model does with these settings.
 
     Args:
+      field_rules, argument_rules: what becomes of each field and argument. A family with more of them, or with others,
+        gives `FIELDS | {...}`.
       fields: Megatron TransformerConfig fields as JSON has them (dtypes and functions as objects or as text), and the
         `yarn_*` attributes that Megatron sets on its config.
-      model_arguments: arguments of GPTModel. What is not given has Megatron's default.
+      model_arguments: arguments of its constructor. What is not given has Megatron's default.
 
     Raises:
       ConfigError: a field is unknown, not supported, or impossible.
@@ -51,11 +67,11 @@ def transformer_config(fields: Fields, model_arguments: Fields) -> TransformerCo
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         if not fields.get(name):
             raise ConfigError(f"{name} is missing from the Megatron config; add it")
-    config = _translate(fields, FIELDS, "Megatron config field")
-    model = _translate(model_arguments, MODEL_ARGUMENTS, "GPTModel argument")
+    config = _translate(fields, field_rules, "Megatron config field", family)
+    model = _translate(model_arguments, argument_rules, "Megatron model argument", family)
     for name in ("qk_layernorm", "qk_l2_norm"):  # the spec may have either, whatever the config says
         model[name] = bool(config.get(name) or model.get(name))
-    return TransformerConfig(**{**config, **model, **_positions(fields, model)})
+    return {**config, **model, **_positions(fields, model)}
 
 
 def _positions(fields: Fields, model: Fields) -> dict[str, Any]:

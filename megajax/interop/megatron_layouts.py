@@ -2,17 +2,17 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
 from megajax.config import ConfigError, TransformerConfig
-from megajax.models.gpt.gpt_model import GPTModel
+from megajax.interop.codec import Codec
+from megajax.spec import Builder
 from megajax.transformer.block import stack_layout
 from megajax.transformer.stack import locate
 
@@ -20,7 +20,7 @@ Path = tuple[str, ...]
 Shape = tuple[int, ...]
 StateDict = Mapping[str, np.ndarray]
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _FUSED = {
     "self_attention": ("linear_qkv", ("linear_q", "linear_gate", "linear_k", "linear_v")),
     "mlp": ("linear_fc1", ("linear_gate", "linear_fc1")),
@@ -36,10 +36,10 @@ not."""
 
 
 class Part(NamedTuple):
-    """One parameter, or one layer's row of a stacked one. shape: of the row."""
+    """One parameter, or a row of a stacked one: its layer, or (layer, expert). shape: of the row."""
 
     path: Path
-    row: int | None
+    row: int | tuple[int, ...] | None
     shape: Shape
 
     @property
@@ -57,21 +57,27 @@ class Tensor(NamedTuple):
     """One Megatron tensor: the rows of its parts, interleaved by group.
 
     `linear_qkv` holds, for each group of query heads that share keys and values, their queries, then their gates if
-    there are any, the key and the value. Everything else has one group: `linear_fc1` of a gated MLP is [gate; up].
+    there are any, the key and the value. Everything else has one group: `linear_fc1` of a gated MLP is [gate; up]. A
+    codec, where there is one, says all this instead.
     """
 
     name: str
     parts: tuple[Part, ...]
-    groups: int
+    groups: int = 1
+    codec: Codec | None = None
 
     @property
     def shape(self) -> Shape:
         """Shape of the whole."""
+        if self.codec is not None:
+            return self.codec.shape
         shapes = [part.megatron_shape for part in self.parts]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def split(self, whole: np.ndarray) -> list[np.ndarray]:
         """The tensor to its parts, each with the dims it has here."""
+        if self.codec is not None:
+            return list(self.codec.split(whole))
         grouped = whole.reshape(self.groups, -1, *whole.shape[1:])
         ends = np.cumsum([part.megatron_shape[0] // self.groups for part in self.parts])[:-1]
         pieces = [
@@ -82,15 +88,16 @@ class Tensor(NamedTuple):
 
     def join(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
         """The inverse of `split`."""
+        if self.codec is not None:
+            return np.ascontiguousarray(self.codec.join(pieces))
         rows = [piece.T if part.transposed else piece for part, piece in zip(self.parts, pieces, strict=True)]
         grouped = [piece.reshape(self.groups, piece.shape[0] // self.groups, *piece.shape[1:]) for piece in rows]
         return np.ascontiguousarray(np.concatenate(grouped, axis=1).reshape(self.shape))
 
 
-def abstract_params(model: GPTModel) -> dict[Path, Any]:
-    """Shape and dtype of every parameter, by path."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+def abstract_params(model: nn.Module, inputs: tuple[Any, ...]) -> dict[Path, Any]:
+    """Shape and dtype of every parameter, by path. inputs: arguments of `model.init`."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     return flatten(variables["params"])
 
 
@@ -100,30 +107,43 @@ def flatten(params: Any) -> dict[Path, Any]:
     return flat
 
 
-def tensors(config: TransformerConfig, model: GPTModel, params: Mapping[Path, Any]) -> Iterator[Tensor]:
-    """Megatron's tensors of a model, in the order of its modules. params: anything with shapes, by path."""
-    order = [path for path in params if path[0] == "embedding"]
-    yield from _tensors("", (Part(path, None, params[path].shape) for path in order), 0, 1)
-    segments = stack_layout(config, model.layer_specs)
+def decoder_tensors(config: TransformerConfig, model: Any, params: Mapping[Path, Any]) -> Iterator[Tensor]:
+    """Megatron's tensors of an embedding, a decoder with `layer_specs` and an output layer, in the order of its modules.
+
+    params: anything with shapes, by path.
+    """
+    yield from outer_tensors(params, [path for path in params if path[0] == "embedding"])
+    yield from layer_tensors(config, model.layer_specs, params)
+    last = [path for path in params if path[:2] == ("decoder", "final_layernorm")]
+    yield from outer_tensors(params, [*last, *(path for path in params if path[0] == "output_layer")])
+
+
+def outer_tensors(params: Mapping[Path, Any], paths: Iterable[Path]) -> Iterator[Tensor]:
+    """Parameters outside of stacks of layers, which Megatron calls as they are called here."""
+    return tensors_of("", [Part(path, None, params[path].shape) for path in paths])
+
+
+def layer_tensors(
+    config: TransformerConfig, layer_specs: Sequence[Builder], params: Mapping[Path, Any], block: str = "decoder"
+) -> Iterator[Tensor]:
+    """The tensors of each layer of a `TransformerBlock` called `block`, which Megatron calls `<block>.layers.<i>`."""
+    segments = stack_layout(config, layer_specs)
     for layer in range(config.num_layers):
         stack, row = locate(segments, layer)
-        prefix = ("decoder", stack)
+        prefix = (block, stack)
         parts = (Part(path, row, leaf.shape[1:]) for path, leaf in params.items() if path[:2] == prefix)
         groups = config.for_layer(layer).num_query_groups or 1
-        yield from _tensors(f"decoder.layers.{layer}.", parts, 2, groups)
-    last = [path for path in params if path[:2] == ("decoder", "final_layernorm")]
-    last += [path for path in params if path[0] == "output_layer"]
-    yield from _tensors("", (Part(path, None, params[path].shape) for path in last), 0, 1)
+        yield from tensors_of(f"{block}.layers.{layer}.", parts, skip=2, query_groups=groups)
 
 
-def _tensors(prefix: str, parts: Iterator[Part], skip: int, query_groups: int) -> Iterator[Tensor]:
+def tensors_of(prefix: str, parts: Iterable[Part], *, skip: int = 0, query_groups: int = 1) -> Iterator[Tensor]:
     """The tensors that `parts` make up. The first `skip` names of their paths are replaced by `prefix`."""
     named: dict[str, dict[int, Part]] = {}
     for part in parts:
         name, position = _megatron_name(part.path[skip:])
         named.setdefault(name, {})[position] = part
     for name, positions in named.items():
-        groups = query_groups if ".linear_qkv." in name else 1
+        groups = query_groups if ".linear_qkv." in f".{name}" else 1
         yield Tensor(prefix + name, tuple(positions[i] for i in sorted(positions)), groups)
 
 
@@ -137,7 +157,7 @@ def _megatron_name(path: Path) -> tuple[str, int]:
             position, modules[1] = members.index(modules[1]), fused
         elif modules[1:] == ["linear"]:  # a linear map in place of the whole sublayer
             modules = modules[:1]
-    return ".".join([*modules, _LEAVES.get(leaf, leaf)]), position
+    return ".".join([*modules, LEAVES.get(leaf, leaf)]), position
 
 
 def canonical(state_dict: StateDict) -> dict[str, np.ndarray]:

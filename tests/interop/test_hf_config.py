@@ -17,6 +17,7 @@ from megajax.interop import hf
 from megajax.interop.hf_architecture import layer_reader
 from megajax.interop.hf_choice import choose
 from megajax.interop.pretrained import Pretrained
+from megajax.models.gpt.gpt_family import GPT
 from megajax.models.gpt.gpt_model import GPTModel
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -144,7 +145,7 @@ CLASSIC = BASE.replace(
     ],
 )
 def test_the_architecture_follows_from_the_config(config, architecture):
-    assert choose(config, hf.ARCHITECTURES).name == architecture
+    assert choose(config, GPT.hf()).name == architecture
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_the_architecture_follows_from_the_config(config, architecture):
 )
 def test_no_architecture_fits(changes, message):
     with pytest.raises(ConfigError) as error:
-        choose(BASE.replace(**changes), hf.ARCHITECTURES)
+        choose(BASE.replace(**changes), GPT.hf())
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

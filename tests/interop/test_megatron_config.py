@@ -60,7 +60,7 @@ def test_refusals_name_field_and_value(field: str, value: Any) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^nmu_layers=3 is not a Megatron config field that megajax knows"):
         convert({"nmu_layers": 3})
-    with pytest.raises(ConfigError, match=r"^rotary_bass=3 is not a GPTModel argument"):
+    with pytest.raises(ConfigError, match=r"^rotary_bass=3 is not a Megatron model argument"):
         convert({}, rotary_bass=3)
     with pytest.raises(ConfigError, match=r"^mtp_block_spec='x' is not supported"):
         convert({}, mtp_block_spec="x")
@@ -237,7 +237,7 @@ def test_wrong_tensors_are_named() -> None:
         assert "\n" not in str(raised.value)
     with pytest.raises(ConfigError, match="has shape"):
         megatron.load(state_dict, "gpt", fields, {**model, "vocab_size": 97})
-    with pytest.raises(ConfigError, match="family='bart' cannot be read"):
+    with pytest.raises(ConfigError, match="family='bart' has no Megatron weights"):
         megatron.load(state_dict, "bart", fields, model)
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from flax import linen as nn
 
     from megajax.backends import BackendSpecProvider
-    from megajax.models.family import Batch
+    from megajax.interop.hf_architecture import Architecture
+    from megajax.models.family import Batch, MegatronWeights
     from megajax.ops.cross_entropy import FusedLoss
     from megajax.parallel.pipeline_pieces import Pieces
     from megajax.transformer.stack import Segment
@@ -115,6 +116,21 @@ def layer_segments(model: nn.Module) -> tuple[Segment, ...]:
     return stack_layout(model.resolved_config, model.layer_specs)
 
 
+def hf() -> tuple[Architecture, ...]:
+    """Llama and its like, then GPT-2."""
+    from megajax.models.gpt.gpt2_hf import GPT2
+    from megajax.models.gpt.llama_hf import LLAMA_LIKE
+
+    return (*LLAMA_LIKE, GPT2)
+
+
+def megatron() -> MegatronWeights:
+    """Megatron's names of the weights."""
+    from megajax.models.gpt.gpt_megatron import MEGATRON
+
+    return MEGATRON
+
+
 def example_inputs(config: TransformerConfig, batch: int, seq_length: int) -> tuple[Any, ...]:
     """Tokens to initialise with."""
     import jax.numpy as jnp
@@ -134,4 +150,6 @@ GPT = Family(
     example_inputs=example_inputs,
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,
+    hf=hf,
+    megatron=megatron,
 )

@@ -6,6 +6,7 @@ from typing import Any
 from megajax.config import TransformerConfig
 from megajax.interop.hf_architecture import Architecture, Row
 from megajax.interop.hf_fields import ACTIVATION_NAMES, Fields, positive_integer
+from megajax.models.gpt.gpt_model import GPTModel
 
 _DEFAULTS = {
     "vocab_size": 50257,
@@ -78,6 +79,7 @@ GPT2 = Architecture(
     read=_read,
     write=_write,
     prefix="transformer.",
+    build=GPTModel,
     rows=(
         Row("wte.weight", ("embedding/word_embeddings/embedding",), vocabulary=True),
         Row("wpe.weight", ("embedding/position_embeddings/embedding",)),

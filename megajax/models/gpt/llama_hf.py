@@ -11,6 +11,7 @@ from megajax.config import ConfigError, TransformerConfig
 from megajax.interop.hf_architecture import Architecture, Row
 from megajax.interop.hf_fields import ACTIVATION_NAMES, Fields, positive_integer
 from megajax.interop.hf_rope import read_rope, write_rope
+from megajax.models.gpt.gpt_model import GPTModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +242,7 @@ def _architecture(family: str, model_type: str, dialect: Dialect, defaults: Mapp
         read=dialect.read,
         write=dialect.write,
         prefix="model.",
+        build=GPTModel,
         rows=_ROWS,
         layer_rows=_LAYER_ROWS,
         ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.\w+",
