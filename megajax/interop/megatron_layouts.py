@@ -108,7 +108,7 @@ def flatten(params: Any) -> dict[Path, Any]:
 
 
 def decoder_tensors(config: TransformerConfig, model: Any, params: Mapping[Path, Any]) -> Iterator[Tensor]:
-    """Megatron's tensors of an embedding, a decoder with `layer_specs` and an output layer, in the order of its modules.
+    """Megatron's tensors of embedding, decoder and output layer, in the order of its modules.
 
     params: anything with shapes, by path.
     """
