@@ -25,6 +25,8 @@ FLOORS = {
     "config_checks": 0,
     "config_distributed": 0,
     "config_heterogeneous": 0,
+    "config_moe": 0,
+    "config_optimizer": 0,
     "config_parallel": 0,
     "cli": 0,
     "cli_flags": 0,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megajax.config import ConfigError, HeterogeneousLayer, TransformerConfig
+from megajax.interop.megatron_expert_fields import LATENT_DEFAULTS, latent_fields
 from megajax.interop.megatron_fields import FIELDS, MODEL_ARGUMENTS, Fields, Mapped, Refused, Rule
 from megajax.ops.rope import yarn_concentration
 
@@ -83,6 +84,8 @@ def _positions(fields: Fields, model: Fields) -> dict[str, Any]:
         given = of_model if of_model is not None else of_config
         result[name] = default if given is None else given
     kind = result["position_embedding_type"]
+    if fields.get("multi_latent_attention"):  # has its own rotary embedding, whatever the model's
+        return result | {"position_embedding_type": fields.get("rope_type", "yarn")}
     if kind not in ("learned_absolute", "rope", "yarn", "none"):
         raise ConfigError(
             f"position_embedding_type={kind!r} is not supported; use learned_absolute, rope, yarn or none"
@@ -107,6 +110,10 @@ def megatron_settings(config: TransformerConfig) -> tuple[dict[str, Any], dict[s
     _require_expressible(config)
     same = [name for name in FIELDS if name in TransformerConfig.__dataclass_fields__ and name not in _DEFAULTS]
     fields = {name: _plain(getattr(config, name)) for name in same}
+    if config.multi_latent_attention:
+        fields |= latent_fields(config)
+    else:
+        fields = {name: value for name, value in fields.items() if name not in LATENT_DEFAULTS}
     if config.position_embedding_type != "yarn":
         fields = {name: value for name, value in fields.items() if not name.startswith("yarn_")}
     fields["params_dtype"] = f"torch.{config.params_dtype}"

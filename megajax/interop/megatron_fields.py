@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megajax.config import Activation, ConfigError, heterogeneous_layers_from_json, to_tuple
+from megajax.interop.megatron_expert_fields import LATENT_DEFAULTS, MOE_FIELDS, expert_arguments, latent_arguments
 
 Fields = Mapping[str, Any]
 Convert = Callable[[Any, Fields], dict[str, Any]]
@@ -177,6 +178,11 @@ FIELDS: Mapping[str, Rule] = {
     "position_embedding_type": Mapped(_nothing),
     "rotary_base": Mapped(_nothing),
     "rotary_percent": Mapped(_nothing),
+    "num_moe_experts": Mapped(expert_arguments),
+    "multi_latent_attention": Mapped(latent_arguments),
+    **{name: Mapped(_nothing) for name in (*MOE_FIELDS[1:], *LATENT_DEFAULTS)},
+    "mtp_num_layers": Mapped(lambda value, _: {"mtp_num_layers": value or None}),
+    "mtp_loss_scaling_factor": Mapped(lambda value, _: {} if value is None else {"mtp_loss_scaling_factor": value}),
     # Layout over processes, kernels, memory, communication, logging. apply_residual_connection_post_layernorm is here
     # because Megatron-Core's layers do not read it.
     **_rules(
@@ -220,60 +226,30 @@ FIELDS: Mapping[str, Rule] = {
         use_fused_weighted_squared_relu use_inference_optimized_layers use_mamba_mem_eff_path
         use_ring_exchange_p2p use_te_rng_tracker use_transformer_engine_op_fuser variable_seq_lengths
         virtual_pipeline_model_parallel_size wgrad_deferral_limit
+        moe_router_dtype moe_router_force_biased moe_shared_expert_glu_interleave_size moe_mlp_glu_interleave_size
+        moe_flex_dispatcher_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+        moe_grad_scale_func moe_shared_expert_overlap moe_grouped_gemm moe_use_legacy_grouped_gemm moe_token_dropping
+        moe_router_padding_for_quantization moe_router_padding_for_fp8 moe_use_grouped_tensor
+        moe_single_grouped_weight moe_single_grouped_bias moe_enable_deepep moe_permute_fusion_into_hybridep
+        moe_hybridep_pad_uneven_dispatch_inputs moe_per_layer_logging moe_pad_experts_for_cuda_graph_inference
+        moe_layer_recompute moe_permute_fusion moe_router_fusion moe_ncclep_zero_copy moe_paged_stash
+        use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp moe_paged_stash_buffer_size_factor_cpu
+        moe_flex_dispatcher_backend moe_deepep_num_sms moe_hybridep_num_sms moe_hybridep_num_sms_preprocessing
+        moe_dispatch_fwd_dtype moe_combine_bwd_dtype moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_cuda
+        mla_down_proj_fusion
         """,
         lambda _: Plumbing(),
     ),
     **_refused(
         {
             # Mixture of experts
+            "moe_router_topk_limited_devices moe_expert_rank_capacity_factor": None,
             """
-            num_moe_experts moe_shared_expert_intermediate_size moe_ffn_hidden_size moe_router_num_groups
-            moe_router_topk_limited_devices moe_router_group_topk moe_router_topk_scaling_factor moe_router_dtype
-            moe_router_force_biased moe_z_loss_coeff moe_input_jitter_eps moe_expert_capacity_factor moe_latent_size
-            moe_expert_rank_capacity_factor moe_shared_expert_glu_interleave_size moe_mlp_glu_interleave_size
-            moe_flex_dispatcher_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
-            moe_grad_scale_func
-            """: None,
-            """
-            moe_shared_expert_gate moe_shared_expert_overlap moe_router_pre_softmax moe_router_enable_expert_bias
-            moe_router_force_load_balancing moe_grouped_gemm moe_use_legacy_grouped_gemm moe_token_dropping
-            moe_pad_expert_input_to_capacity moe_apply_probs_on_input moe_extended_tp moe_enable_routing_replay
-            moe_router_padding_for_quantization moe_router_padding_for_fp8 moe_use_grouped_tensor
-            moe_single_grouped_weight moe_single_grouped_bias moe_enable_deepep moe_permute_fusion_into_hybridep
-            moe_hybridep_pad_uneven_dispatch_inputs moe_per_layer_logging moe_pad_experts_for_cuda_graph_inference
-            moe_layer_recompute moe_permute_fusion moe_router_fusion moe_ncclep_zero_copy moe_paged_stash
-            use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp
+            moe_router_force_load_balancing moe_enable_routing_replay moe_extended_tp cache_mla_latents
             """: False,
-            "moe_router_topk": 2,
-            "moe_layer_freq": 1,
-            "moe_router_load_balancing_type": "aux_loss",
-            "moe_router_score_function": "softmax",
-            "moe_router_bias_update_rate": 0.001,
-            "moe_router_quantile_balancing_ema moe_aux_loss_coeff moe_paged_stash_buffer_size_factor_cpu": 0.0,
-            "moe_token_dispatcher_type": "allgather",
-            "moe_flex_dispatcher_backend": "deepep",
-            "moe_token_drop_policy": "probs",
-            "moe_deepep_num_sms": (None, 20),
-            "moe_hybridep_num_sms": (None, 16),
-            "moe_hybridep_num_sms_preprocessing": 108,
-            "moe_dispatch_fwd_dtype moe_combine_bwd_dtype": "bf16",
-            "moe_paged_stash_page_size": 64,
-            "moe_paged_stash_buffer_size_factor_cuda": 1.1,
-            # Multi-latent attention
-            "multi_latent_attention cache_mla_latents mla_down_proj_fusion": False,
-            "q_lora_rank kv_lora_rank": 512,
-            "qk_head_dim v_head_dim": 128,
-            "qk_pos_emb_head_dim": 64,
-            "rope_type": "yarn",
-            "rotary_scaling_factor": 40,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.0,
+            "moe_router_quantile_balancing_ema": 0.0,
             # Multi-token prediction, sparse and linear attention, maximal update parametrisation, hyper-connections
-            "mtp_num_layers mtp_hybrid_override_pattern mtp_grad_scale_func": None,
-            "mtp_loss_scaling_factor": (0.1, None),
+            "mtp_hybrid_override_pattern mtp_grad_scale_func": None,
             "mtp_use_repeated_layer mtp_detach_heads mtp_hsm mtp_standalone": False,
             """
             experimental_attention_variant experimental_attention_variant_loss_scale_func dsa_indexer_n_heads
@@ -332,14 +308,15 @@ MODEL_ARGUMENTS: Mapping[str, Rule] = {
     **_rules(
         """
         pre_process post_process parallel_output fp16_lm_cross_entropy scatter_embedding_sequence_parallel
-        pg_collection vp_stage transformer_layer_spec normalization use_transformer_engine prefill
+        pg_collection vp_stage transformer_layer_spec normalization use_transformer_engine prefill mtp_block_spec
+        num_experts moe_grouped_gemm multi_latent_attention
         """,
         lambda _: Plumbing(),
     ),
     **_refused(
         {
-            "mtp_block_spec num_experts logit_dtype fp8": None,
-            "moe_grouped_gemm multi_latent_attention use_te_op_fuser use_kitchen": False,
+            "logit_dtype fp8": None,
+            "use_te_op_fuser use_kitchen": False,
         }
     ),
 }

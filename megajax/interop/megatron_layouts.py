@@ -30,6 +30,8 @@ _FUSED = {
 _TE_NAMES = (
     (r"\.self_attention\.(?:linear_qkv\.)?layer_norm_(weight|bias)$", r".input_layernorm.\1"),
     (r"\.mlp\.(?:linear_fc1\.)?layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1"),
+    (r"\.self_attention\.linear_(q|kv)_up_proj\.layer_norm_(weight|bias)$", r".self_attention.\1_layernorm.\2"),
+    (r"\.experts\.linear_fc([12])\.(weight|bias)(\d+)$", r".experts.local_experts.\3.linear_fc\1.\2"),
 )
 """Transformer Engine keeps a norm inside the linear that follows it; the local layers, whose names are used here, do
 not."""
@@ -115,7 +117,19 @@ def decoder_tensors(config: TransformerConfig, model: Any, params: Mapping[Path,
     yield from outer_tensors(params, [path for path in params if path[0] == "embedding"])
     yield from layer_tensors(config, model.layer_specs, params)
     last = [path for path in params if path[:2] == ("decoder", "final_layernorm")]
+    yield from further_tensors(config, params)
     yield from outer_tensors(params, [*last, *(path for path in params if path[0] == "output_layer")])
+
+
+def further_tensors(config: TransformerConfig, params: Mapping[Path, Any]) -> Iterator[Tensor]:
+    """The modules of multi-token prediction, `mtp_<k>` here and `mtp.layers.<k>` in Megatron."""
+    groups = config.for_layer(config.num_layers - 1).num_query_groups or 1
+    for depth in range(config.mtp_num_layers or 0):
+        leaves = [(path[1:], path, leaf.shape) for path, leaf in params.items() if path[0] == f"mtp_{depth}"]
+        for inner, skip in (("", 1), ("transformer_layer.", 2)):
+            own = [(path, shape) for rest, path, shape in leaves if (rest[0] == "transformer_layer") is bool(inner)]
+            parts = [part for path, shape in own for part in _parts(path, None, shape)]
+            yield from tensors_of(f"mtp.layers.{depth}.{inner}", parts, skip=skip, query_groups=groups)
 
 
 def outer_tensors(params: Mapping[Path, Any], paths: Iterable[Path]) -> Iterator[Tensor]:
@@ -131,20 +145,37 @@ def layer_tensors(
     for layer in range(config.num_layers):
         stack, row = locate(segments, layer)
         prefix = (block, stack)
-        parts = (Part(path, row, leaf.shape[1:]) for path, leaf in params.items() if path[:2] == prefix)
+        leaves = [(path, leaf.shape[1:]) for path, leaf in params.items() if path[:2] == prefix]
+        parts = [part for path, shape in leaves for part in _parts(path, row, shape)]
         groups = config.for_layer(layer).num_query_groups or 1
         yield from tensors_of(f"{block}.layers.{layer}.", parts, skip=2, query_groups=groups)
+
+
+def _parts(path: Path, row: int | None, shape: Shape) -> list[Part]:
+    """A layer's row of a parameter; those of all its experts have one part each."""
+    if "experts" not in path:
+        return [Part(path, row, shape)]
+    of_layer = () if row is None else (row,)
+    return [Part(path, (*of_layer, expert), shape[1:]) for expert in range(shape[0])]
 
 
 def tensors_of(prefix: str, parts: Iterable[Part], *, skip: int = 0, query_groups: int = 1) -> Iterator[Tensor]:
     """The tensors that `parts` make up. The first `skip` names of their paths are replaced by `prefix`."""
     named: dict[str, dict[int, Part]] = {}
     for part in parts:
-        name, position = _megatron_name(part.path[skip:])
+        name, position = _megatron_name(_own_path(part)[skip:])
         named.setdefault(name, {})[position] = part
     for name, positions in named.items():
         groups = query_groups if ".linear_qkv." in f".{name}" else 1
         yield Tensor(prefix + name, tuple(positions[i] for i in sorted(positions)), groups)
+
+
+def _own_path(part: Part) -> Path:
+    """The path of a parameter, with the number of its expert."""
+    if not isinstance(part.row, tuple):
+        return part.path
+    at = part.path.index("experts") + 1
+    return (*part.path[:at], "local_experts", str(part.row[-1]), *part.path[at:])
 
 
 def _megatron_name(path: Path) -> tuple[str, int]:
@@ -153,8 +184,10 @@ def _megatron_name(path: Path) -> tuple[str, int]:
     position = 0
     if modules[0] in _FUSED:
         fused, members = _FUSED[modules[0]]
-        if modules[1] in members:
-            position, modules[1] = members.index(modules[1]), fused
+        if modules[-1] in members:
+            position, modules[-1] = members.index(modules[-1]), fused
+        elif modules[1:] == ["shared_expert_gate"]:
+            return "mlp.shared_experts.gate_weight", 0
         elif modules[1:] == ["linear"]:  # a linear map in place of the whole sublayer
             modules = modules[:1]
     return ".".join([*modules, LEAVES.get(leaf, leaf)]), position
@@ -164,7 +197,7 @@ def canonical(state_dict: StateDict) -> dict[str, np.ndarray]:
     """The tensors by their local names: Transformer Engine's names translated, its `_extra_state` dropped."""
     result = {}
     for name, value in state_dict.items():
-        if "_extra_state" in name:
+        if "_extra_state" in name or name.endswith("tokens_per_expert"):
             continue
         for pattern, local in _TE_NAMES:
             name = re.sub(pattern, local, name)

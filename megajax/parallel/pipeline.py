@@ -233,7 +233,7 @@ class _Engine:
         params, rows = self._chunk(item.chunk)
         work = self.work.at(item.microbatch)
         if not keep:
-            return carry._replace(y=self.pieces.stage(params, rows, x, work.batch, work.key))
+            return carry._replace(y=self.pieces.stage(params, rows, x, work.batch, work.weights, work.key))
         y, kept = self.residuals.forward((params, rows), x, work)
         return carry._replace(y=y, ring=put_at(carry.ring, kept, item.slot))
 

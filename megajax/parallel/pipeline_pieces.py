@@ -28,13 +28,14 @@ PP = "pp"
 class Pieces(NamedTuple):
     """A model in the pieces of a tick. Keys are a microbatch's dropout key, None without dropout.
 
-    embed: (shared parameters, microbatch, key) -> x. stage: (stage parameters, rows, x, microbatch, key) -> y, where
-    rows says which layers the parameters are. loss: (shared parameters, y, microbatch, weights) -> loss. Embed and
-    loss are called on all stages alike and return the same on each.
+    embed: (shared parameters, microbatch, key) -> x. stage: (stage parameters, rows, x, microbatch, weights, key) -> y,
+    where rows says which layers the parameters are, and a loss of its own is `attach`ed to what it returns. loss:
+    (shared parameters, y, microbatch, weights) -> loss. Embed and loss are called on all stages alike and return the
+    same on each.
     """
 
     embed: Callable[[Tree, Batch, Array | None], Array]
-    stage: Callable[[Tree, Tree, Array, Batch, Array | None], Array]
+    stage: Callable[[Tree, Tree, Array, Batch, Array, Array | None], Array]
     loss: Callable[[Tree, Array, Batch, Array], FusedLoss]
 
 

@@ -24,7 +24,7 @@ class Residuals:
     parameters, or the microbatch, are at hand in the backward tick and need not wait in the ring.
     """
 
-    stage: Callable[[Tree, Tree, Array, Batch, Array | None], Array]
+    stage: Callable[[Tree, Tree, Array, Batch, Array, Array | None], Array]
     structure: Any
     sources: tuple[int | None, ...]
     """Of each leaf: its place among the arrays at hand, or None if it has to be kept."""
@@ -60,7 +60,7 @@ class Residuals:
 
 def _pull_apart(stage: Any, chunk: tuple[Tree, Tree], x: Array, work: Work) -> tuple[Array, list[Array], Any]:
     params, rows = chunk
-    y, pullback = jax.vjp(lambda params, x: stage(params, rows, x, work.batch, work.key), params, x)
+    y, pullback = jax.vjp(lambda params, x: stage(params, rows, x, work.batch, work.weights, work.key), params, x)
     return y, *jax.tree.flatten(pullback)
 
 

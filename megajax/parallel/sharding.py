@@ -57,13 +57,17 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "heads": ("tp",),
         "kv_heads": kv,
         "mlp": ("tp",),
+        "experts": ("ep",),
+        "expert_embed": ("dp",) if parallel.zero == 3 else (),  # ep, which ZeRO shards over too, divides the experts
+        "expert_mlp": ("tp",),
+        "expert_bias": (),
         "head_dim": (),
         "norm": (),
         "positions": (),
         "whole": (),  # for a dim that no mesh divides: says that this is meant, however large the parameter
     }
     table = activations | parameters
-    zeros = table | {"embed": ZERO_AXES}
+    zeros = table | {"embed": ZERO_AXES, "expert_embed": ("dp",)}
     return AxisRules(
         table,
         optimizer_table=zeros if parallel.zero >= 1 else table,

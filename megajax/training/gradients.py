@@ -54,7 +54,7 @@ def _scaled_weights(state: TrainState, mask: Array, config: Config, data_paralle
 
 def _dropout_key(state: TrainState, config: Config) -> Array | None:
     """The step's key, which each microbatch's index is folded into."""
-    if max(config.model.hidden_dropout, config.model.attention_dropout) == 0:
+    if not config.model.draws_noise:
         return None
     return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 

@@ -32,11 +32,15 @@ Axes = tuple[str | None, ...]
 _STACKED_AXES = frozenset({"layers", "experts"})
 """Axes along which independent parameters are stacked; they do not make a matrix of a vector."""
 _NO_DECAY_NAMES = frozenset({"bias", "scale", "softmax_offset"})
+EXPERT_BIAS = "expert_bias"
+"""A parameter whose gradient is none, but the number of tokens that chose each expert."""
 _QK_NORMS = frozenset({"q_layernorm", "k_layernorm"})
 _EMBEDDING_AND_OUTPUT = frozenset({"embedding", "output_layer"})
 
 
-def make_optimizer(config: OptimizerConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, logical_axes: Any, *, bias_update_rate: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config.optimizer` names; all of its arithmetic and state is float32.
 
     With u the direction, p a parameter, wd = 0 outside of `weight_decay_mask`:
@@ -51,10 +55,20 @@ def make_optimizer(config: OptimizerConfig, logical_axes: Any) -> optax.Gradient
 
     Args:
       logical_axes: a tree like the parameters with tuples of axis names as leaves.
+      bias_update_rate: step of the biases that balance experts (`balance_experts`); they have no other part in this.
 
     Raises:
       ConfigError: the options of Muon contradict each other.
     """
+    balancing = _map_with_names(lambda path, axes: path[-1] == EXPERT_BIAS, logical_axes)
+    optimizer = _make_optimizer(config, logical_axes)
+    if not any(jax.tree.leaves(balancing)):
+        return optimizer
+    labels = _labels(balancing, "balanced", "trained")
+    return optax.partition({"balanced": balance_experts(bias_update_rate), "trained": optimizer}, labels)
+
+
+def _make_optimizer(config: OptimizerConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
     mask = weight_decay_mask(logical_axes, apply_wd_to_qk_layernorm=config.apply_wd_to_qk_layernorm)
     decay = optax.masked(add_scheduled_weight_decay(), mask)
     descend = _descend(config, logical_axes)
@@ -112,6 +126,19 @@ def add_scheduled_weight_decay() -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda u, p: u + weight_decay * p, updates, params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def balance_experts(rate: float) -> optax.GradientTransformation:
+    """`b <- b + rate sign(mean(count) - count)`, where a bias's "gradient" counts the tokens of each expert [..., E].
+
+    An expert that too many tokens chose becomes less attractive (arXiv:2408.15664; Megatron `get_updated_expert_bias`).
+    """
+
+    def update(counts: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda c: rate * jnp.sign(jnp.mean(c, -1, keepdims=True) - c), counts), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -175,8 +202,10 @@ def _map_with_names(function: Callable[[tuple[str, ...], Axes], bool], logical_a
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The 2-norm of all leaves as one vector, accumulated in float32."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    """The 2-norm of all leaves as one vector, accumulated in float32; counts of tokens are left out."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    gradients = [leaf for path, leaf in leaves if not path or path[-1] != jax.tree_util.DictKey(EXPERT_BIAS)]
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in gradients]
     return jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 

@@ -33,6 +33,7 @@ class LayerInputs(NamedTuple):
     rotary: Rotary | None = None
     context: Array | None = None
     context_mask: AttentionMask | None = None
+    aux_weight: Array | None = None
 
 
 class StackRows(NamedTuple):
@@ -143,6 +144,13 @@ class _Run(NamedTuple):
     recorded: bool
     rows: Mapping[str, StackRows] | None
 
+    def of_row(self, valid: Array | None) -> "_Run":
+        """For a row that may be padding, whose routers must not count."""
+        weight = self.inputs.aux_weight
+        if valid is None or weight is None:
+            return self
+        return self._replace(inputs=self.inputs._replace(aux_weight=weight * valid))
+
     def layer_arguments(self) -> dict[str, Any]:
         given = {name: value for name, value in self.inputs._asdict().items() if value is not None}
         return given | {"decode": self.decode, "deterministic": self.deterministic}
@@ -174,7 +182,7 @@ def _run_segment(
     def step(x_BSD: Array, period: Tree) -> tuple[Array, Tree]:
         caches, outputs = [], []
         for layer, layer_variables, (index, valid) in zip(layers, *period, strict=True):
-            y_BSD, cache = _apply_layer(layer, run, layer_variables, x_BSD, index)
+            y_BSD, cache = _apply_layer(layer, run.of_row(valid), layer_variables, x_BSD, index)
             x_BSD = y_BSD if valid is None else jnp.where(valid, y_BSD, x_BSD)
             caches.append(cache)
             outputs.append(x_BSD if run.recorded else None)

@@ -63,10 +63,14 @@ class TransformerLayer(nn.Module):
         rotary: Rotary | None = None,
         context: Array | None = None,
         context_mask: AttentionMask | None = None,
+        aux_weight: Array | None = None,
         decode: bool = False,
         deterministic: bool = True,
     ) -> Array:
-        """x [B, S, D] -> [B, S, D]; context [B, T, E] feeds the cross-attention."""
+        """x [B, S, D] -> [B, S, D]; context [B, T, E] feeds the cross-attention.
+
+        aux_weight: scalar that the losses of a router are multiplied by; None leaves them out.
+        """
         cfg, sub = self.config, self.submodules
 
         if sub.self_attention is not None:
@@ -87,7 +91,9 @@ class TransformerLayer(nn.Module):
 
         if sub.mlp is not None:
             y_BSD, residual_BSD = self._norm(sub.pre_mlp_layernorm, "pre_mlp_layernorm", x_BSD)
-            y_BSD = recomputed(sub.mlp(config=cfg, name="mlp"), "mlp", cfg)(y_BSD)
+            mlp = recomputed(sub.mlp(config=cfg, name="mlp"), "mlp", cfg)
+            routed = {"aux_weight": aux_weight, "decode": decode, "deterministic": deterministic}
+            y_BSD = mlp(y_BSD, **(routed if cfg.num_moe_experts is not None else {}))
             x_BSD = sub.mlp_bda(config=cfg, name="mlp_bda")(y_BSD, residual_BSD, deterministic=deterministic)
         return x_BSD
 

@@ -50,7 +50,7 @@ def test_unsupported_fields_are_refused_unless_they_hold_their_default(name: str
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_moe_experts", 8), ("multi_latent_attention", True), ("mtp_num_layers", 1), ("fp8", "e4m3"), ("use_mup", 1)],
+    [("moe_router_force_load_balancing", True), ("fp8", "e4m3"), ("use_mup", 1)],
 )
 def test_refusals_name_field_and_value(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{field}={value!r} is not supported"):
@@ -62,8 +62,8 @@ def test_unknown_names_are_refused() -> None:
         convert({"nmu_layers": 3})
     with pytest.raises(ConfigError, match=r"^rotary_bass=3 is not a Megatron model argument"):
         convert({}, rotary_bass=3)
-    with pytest.raises(ConfigError, match=r"^mtp_block_spec='x' is not supported"):
-        convert({}, mtp_block_spec="x")
+    with pytest.raises(ConfigError, match=r"^logit_dtype='x' is not supported"):
+        convert({}, logit_dtype="x")
     with pytest.raises(ConfigError, match=r"^hidden_size is missing"):
         transformer_config({"num_layers": 1, "num_attention_heads": 1}, MODEL)
 

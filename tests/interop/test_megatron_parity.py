@@ -17,7 +17,8 @@ from megajax.transformer.block import stack_layout
 from megajax.transformer.stack import locate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["mcore_gpt3", "mcore_llama", "mcore_llama_yarn", "mcore_swa"]
+EXPERTS = ["mcore_gpt_mtp", "mcore_mixtral", "mcore_deepseek_v3", "mcore_moe_capacity_drop", "mcore_moe_sinkhorn"]
+CASES = ["mcore_gpt3", "mcore_llama", "mcore_llama_yarn", "mcore_swa", *EXPERTS]
 YARN = {
     "yarn_rotary_scaling_factor": 4.0,
     "yarn_original_max_position_embeddings": 512,
@@ -55,7 +56,9 @@ def run(case: str) -> Run:
 
     def loss_of(params: Any) -> Any:
         variables = {"params": params}
-        per_token = pretrained.model.apply(variables, inputs["tokens"], labels=inputs["labels"], **batch)
+        per_token = pretrained.model.apply(
+            variables, inputs["tokens"], labels=inputs["labels"], loss_mask=inputs["loss_mask"], **batch
+        )
         logits, recorded = pretrained.model.apply(variables, inputs["tokens"], **batch, mutable=["intermediates"])
         loss = (per_token * inputs["loss_mask"]).sum() / inputs["loss_mask"].sum()
         return loss, (per_token, logits, recorded["intermediates"]["decoder"])
@@ -77,7 +80,8 @@ def test_forward_and_every_layer_equal_megatrons(case: str) -> None:
     for i, layer in enumerate(got.layers):
         reference = expected[f"out/decoder.layers.{i}"].swapaxes(0, 1)
         np.testing.assert_allclose(layer, reference, atol=2e-5, rtol=1e-4, err_msg=f"layer {i}")
-    np.testing.assert_allclose(got.logits, expected["logits"], atol=2e-5, rtol=1e-4)
+    if "logits" in expected:
+        np.testing.assert_allclose(got.logits, expected["logits"], atol=2e-5, rtol=1e-4)
     np.testing.assert_allclose(got.per_token_loss, expected["per_token_loss"], atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(got.loss, expected["loss"], atol=1e-5)
 
@@ -89,6 +93,7 @@ def test_gradient_of_every_parameter_equals_megatrons(case: str) -> None:
         scale = np.abs(reference).max()
         np.testing.assert_allclose(gradients[name], reference, atol=1e-4 * scale, rtol=0, err_msg=name)
     statistics = np.load(GOLDEN / case / "grad_stats.npz")
+    gradients = {name: g for name, g in gradients.items() if not name.endswith("expert_bias")}
     assert sorted(statistics["names"]) == sorted(gradients)
     for name, (norm, total, top, projection) in zip(statistics["names"], statistics["stats"], strict=True):
         g = gradients[str(name)].astype(np.float64)

@@ -27,7 +27,7 @@ def _embed(shared: Tree, batch: Any, key: Any) -> jax.Array:
     return shared["table"][batch["tokens"]]
 
 
-def _layers(params: Tree, rows: Tree, x: jax.Array, batch: Any, key: Any) -> jax.Array:
+def _layers(params: Tree, rows: Tree, x: jax.Array, batch: Any, weights: Any, key: Any) -> jax.Array:
     """Each layer mixes the sequence, uses the microbatch, and drops some of its activations by its own key."""
 
     def layer(x: jax.Array, row: Tree) -> tuple[jax.Array, None]:
@@ -78,7 +78,9 @@ def _plain(params: Params, work: Work) -> tuple[Params, jax.Array]:
         for microbatch in range(work.mask.shape[0]):
             one = work.at(jnp.int32(microbatch))
             x = _embed(params.shared, one.batch, one.key)
-            losses = _loss(params.shared, _layers(params.staged, rows, x, one.batch, one.key), one.batch, one.weights)
+            losses = _loss(
+                params.shared, _layers(params.staged, rows, x, one.batch, one.weights, one.key), one.batch, one.weights
+            )
             weighted, masked = weighted + losses.weighted_sum, masked + jnp.sum(losses.per_token * one.mask)
         return weighted, masked
 

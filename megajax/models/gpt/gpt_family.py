@@ -96,13 +96,22 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
         arguments = (batch["tokens"], batch["position_ids"])
         return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
 
-    def stage(params: Any, rows: Any, x: jax.Array, batch: Batch, key: jax.Array | None) -> Any:
+    def stage(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
         arguments = (batch["position_ids"], batch.get("segment_ids"))
-        inputs = model.apply({}, *arguments, method="layer_inputs")
+        inputs = model.apply({}, *arguments, aux_weight=weights.sum(), method="layer_inputs")
         return model.apply({"params": params}, x, inputs, rows, method="run_layers", **rngs(key))
 
     def loss(shared: Any, x: jax.Array, batch: Batch, weights: jax.Array) -> Any:
-        return model.apply({"params": shared}, x, batch["labels"], weights, method="loss_sum_of_stream")
+        return model.apply(
+            {"params": shared},
+            x,
+            batch["tokens"],
+            batch["labels"],
+            weights,
+            position_ids=batch["position_ids"],
+            segment_ids=batch.get("segment_ids"),
+            method="loss_sum_of_stream",
+        )
 
     return Pieces(embed, stage, loss)
 

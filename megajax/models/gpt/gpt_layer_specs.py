@@ -12,29 +12,50 @@ from megajax.spec import Builder, ModuleSpec
 from megajax.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megajax.transformer.layer import TransformerLayer, TransformerLayerSubmodules
 from megajax.transformer.mlp import MLP, MLPSubmodules
+from megajax.transformer.moe import Experts, MoELayer, MoESubmodules, Router
+from megajax.transformer.multi_latent_attention import MLASelfAttentionSubmodules, MultiLatentAttention
 
 Array = jax.Array
 
 
 def get_gpt_layer_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
-    """One dense GPT layer. Megatron: `core/models/gpt/gpt_layer_specs.py`."""
-    norm, qk_norm = backend.layer_norm(config), backend.qk_norm(config)
+    """One GPT layer, with experts if the config has them. Megatron: `core/models/gpt/gpt_layer_specs.py`."""
+    norm = backend.layer_norm(config)
+    return ModuleSpec(
+        TransformerLayer,
+        TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=get_self_attention_spec(config, backend),
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec(backend) if config.num_moe_experts is None else get_moe_module_spec(backend),
+        ),
+    )
+
+
+def get_self_attention_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Attention of a sequence to itself: multi-head, or multi-latent."""
+    column, qk_norm = backend.column_parallel_linear(), backend.qk_norm(config)
+    if config.multi_latent_attention:
+        latent = MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            kv_layernorm=qk_norm,
+        )
+        return ModuleSpec(MultiLatentAttention, latent)
     attention = SelfAttentionSubmodules(
-        linear_qkv=backend.column_parallel_linear(),
+        linear_qkv=column,
         core_attention=backend.core_attention(),
         linear_proj=backend.row_parallel_linear(),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
-    return ModuleSpec(
-        TransformerLayer,
-        TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(SelfAttention, attention),
-            pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec(backend),
-        ),
-    )
+    return ModuleSpec(SelfAttention, attention)
 
 
 def get_mlp_module_spec(backend: BackendSpecProvider) -> ModuleSpec:
@@ -45,16 +66,30 @@ def get_mlp_module_spec(backend: BackendSpecProvider) -> ModuleSpec:
     )
 
 
+def get_moe_module_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """Experts in the place of the dense feed-forward half. Megatron: `core/models/gpt/moe_module_specs.py`."""
+    return ModuleSpec(
+        MoELayer,
+        MoESubmodules(
+            router=Router,
+            experts=Experts,
+            shared_experts=get_mlp_module_spec(backend),
+            linear_fc1=backend.column_parallel_linear(),
+            linear_fc2=backend.row_parallel_linear(),
+        ),
+    )
+
+
 def get_gpt_layer_local_spec(config: TransformerConfig) -> ModuleSpec:
-    """One dense GPT layer in plain JAX."""
+    """One GPT layer in plain JAX."""
     return get_gpt_layer_spec(config, LocalSpecProvider())
 
 
 def get_gpt_decoder_block_spec(config: TransformerConfig, backend: BackendSpecProvider) -> tuple[Builder, ...]:
-    """The spec of each layer, heterogeneous ones included."""
-    spec = get_gpt_layer_spec(config, backend)
+    """The spec of each layer: with experts or without, by `moe_layer_freq`, and heterogeneous ones."""
     if config.heterogeneous_layers is None:
-        return (spec,) * config.num_layers
+        return tuple(get_gpt_layer_spec(config.for_layer(i), backend) for i in range(config.num_layers))
+    spec = get_gpt_layer_spec(config, backend)
     return tuple(_heterogeneous(spec, layer, backend) for layer in config.heterogeneous_layers)
 
 

@@ -21,10 +21,12 @@ from megajax.models.common.language_module.language_module import (
     language_model_loss_sum,
 )
 from megajax.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megajax.ops.attach import attach
 from megajax.ops.attention import AttentionMask
 from megajax.ops.cross_entropy import FusedLoss
 from megajax.spec import Builder
 from megajax.transformer.block import LayerInputs, StackRows, TransformerBlock
+from megajax.transformer.multi_token_prediction import MultiTokenPredictionLayer, roll_left, rolled_weights
 
 Array = jax.Array
 
@@ -83,6 +85,11 @@ class GPTModel(nn.Module):
         self.decoder = TransformerBlock(cfg, self.layer_specs, self.backend.layer_norm(cfg))
         if not cfg.share_embeddings_and_output_weights:
             self.output_layer = OutputLayer(cfg)
+        if cfg.mtp_num_layers:
+            norm, linear = self.backend.layer_norm(cfg), self.backend.column_parallel_linear()
+            self.mtp = [
+                MultiTokenPredictionLayer(cfg, self.layer_specs[-1], norm, linear) for _ in range(cfg.mtp_num_layers)
+            ]
 
     def __call__(
         self,
@@ -92,10 +99,14 @@ class GPTModel(nn.Module):
         segment_ids: Array | None = None,
         attention_mask: Array | None = None,
         labels: Array | None = None,
+        loss_mask: Array | None = None,
         cache_position: Array | int | None = None,
         deterministic: bool = True,
     ) -> Array:
         """Logits fp32 [B, S, V]; with labels the loss of each token instead, fp32 [B, S], unreduced as in Megatron.
+
+        The gradient of that loss has in it, as in Megatron, that of the losses which the value leaves out: those that
+        balance experts, and those of multi-token prediction, as for a loss that is a mean.
 
         Args:
           tokens: int [B, S].
@@ -104,6 +115,7 @@ class GPTModel(nn.Module):
           attention_mask: bool, True = attend: [B, S] for the keys, or broadcastable to [B, 1, S, S]; on top of
             causality.
           labels: int [B, S], the next token of each. -100 and other ids outside the vocabulary are not ignored: mask.
+          loss_mask: fp32 [B, S], which tokens count in the losses of multi-token prediction; default: all.
           cache_position: index of tokens[:, 0] in a "cache" collection, which then supplies the earlier keys and
             values; see `megajax.inference`.
           deterministic: False draws dropout from the "dropout" rng.
@@ -114,18 +126,70 @@ class GPTModel(nn.Module):
             segment_ids=segment_ids,
             attention_mask=attention_mask,
             cache_position=cache_position,
+            aux_weight=None if labels is None else jnp.float32(1),
             deterministic=deterministic,
         )
-        logits = language_model_logits(hidden_BSD, self.output_weight(), self.resolved_config)
-        return logits if labels is None else language_model_loss(logits, labels, self.resolved_config)
+        cfg = self.resolved_config
+        logits = language_model_logits(hidden_BSD, self.output_weight(), cfg)
+        if labels is None and not (self.is_initializing() and cfg.mtp_num_layers):
+            return logits
+        labels = tokens if labels is None else labels
+        losses = language_model_loss(logits, labels, cfg)
+        if not cfg.mtp_num_layers:
+            return losses
+        position_ids = self.positions(tokens, position_ids, segment_ids, None)
+        weights = jnp.ones(tokens.shape, jnp.float32) if loss_mask is None else loss_mask
+        further = self.further_loss(
+            hidden_BSD, tokens, labels, weights / weights.sum(), position_ids, segment_ids, attention_mask,
+            deterministic=deterministic,
+        )  # fmt: skip
+        return attach(losses, further, jnp.float32(1))
 
     def loss_sum(self, tokens: Array, labels: Array, weights: Array, **inputs: Any) -> FusedLoss:
         """`sum(weights * loss of each token)` for training: equal to reducing `__call__(labels=...)`, in less memory.
 
         tokens, labels int [B, S], weights fp32 [B, S]; inputs as for `hidden_states`.
         """
-        hidden_BSD = self.hidden_states(tokens, **inputs)
-        return language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, self.resolved_config)
+        hidden_BSD = self.hidden_states(tokens, aux_weight=weights.sum(), **inputs)
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = self.positions(tokens, None, inputs.get("segment_ids"), None)
+        return self._loss_sum(hidden_BSD, tokens, labels, weights, **inputs)
+
+    def _loss_sum(self, hidden_BSD: Array, tokens: Array, labels: Array, weights: Array, **inputs: Any) -> FusedLoss:
+        cfg = self.resolved_config
+        losses = language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, cfg)
+        if not cfg.mtp_num_layers:
+            return losses
+        further = self.further_loss(hidden_BSD, tokens, labels, weights, **inputs)
+        return losses._replace(weighted_sum=losses.weighted_sum + further)
+
+    def further_loss(
+        self,
+        hidden_BSD: Array,
+        tokens: Array,
+        labels: Array,
+        weights: Array,
+        position_ids: Array,
+        segment_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Array:
+        """The weighted losses of multi-token prediction: each depth predicts one token further than the one before.
+
+        hidden_BSD: what the output layer reads; other arguments as for `loss_sum`.
+        """
+        cfg, total = self.resolved_config, jnp.float32(0)
+        given = self.layer_inputs(position_ids, segment_ids, attention_mask, None, weights.sum())
+        inputs = {name: value for name, value in given._asdict().items() if value is not None}
+        for layer in self.mtp:
+            tokens, position_ids, labels = (roll_left(x, segment_ids) for x in (tokens, position_ids, labels))
+            weights = rolled_weights(weights, segment_ids)
+            embedded_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
+            hidden_BSD = layer(hidden_BSD, embedded_BSD, inputs, deterministic=deterministic)
+            losses = language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, cfg)
+            total += losses.weighted_sum
+        return total * (cfg.mtp_loss_scaling_factor / len(self.mtp))
 
     def hidden_states(
         self,
@@ -135,16 +199,29 @@ class GPTModel(nn.Module):
         segment_ids: Array | None = None,
         attention_mask: Array | None = None,
         cache_position: Array | int | None = None,
+        aux_weight: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
-        if position_ids is None:
-            position_ids = jnp.arange(tokens.shape[1])[None, :] + (0 if cache_position is None else cache_position)
-            if segment_ids is not None:
-                position_ids = packed_positions(segment_ids)
+        """What the output layer reads, [B, S, D].
+
+        aux_weight: scalar that the losses of routers are multiplied by; None leaves them out. Other arguments as for
+        `__call__`.
+        """
+        position_ids = self.positions(tokens, position_ids, segment_ids, cache_position)
         x_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
-        inputs = self.layer_inputs(position_ids, segment_ids, attention_mask, cache_position)
+        inputs = self.layer_inputs(position_ids, segment_ids, attention_mask, cache_position, aux_weight)
         return self.decoder(x_BSD, inputs, decode=cache_position is not None, deterministic=deterministic)
+
+    @staticmethod
+    def positions(
+        tokens: Array, position_ids: Array | None, segment_ids: Array | None, cache_position: Array | int | None
+    ) -> Array:
+        """position_ids, or the default that `__call__` describes."""
+        if position_ids is not None:
+            return position_ids
+        if segment_ids is not None:
+            return packed_positions(segment_ids)
+        return jnp.arange(tokens.shape[1])[None, :] + (0 if cache_position is None else cache_position)
 
     def layer_inputs(
         self,
@@ -152,8 +229,9 @@ class GPTModel(nn.Module):
         segment_ids: Array | None = None,
         attention_mask: Array | None = None,
         cache_position: Array | int | None = None,
+        aux_weight: Array | None = None,
     ) -> LayerInputs:
-        """What every layer needs beside the residual stream. Arguments as for `__call__`."""
+        """What every layer needs beside the residual stream. Arguments as for `hidden_states`."""
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None, :]
         mask = AttentionMask(
@@ -163,7 +241,8 @@ class GPTModel(nn.Module):
             keep=None if attention_mask is None else attention_mask.astype(bool),
             offset=0 if cache_position is None else cache_position,
         )
-        return LayerInputs(mask, None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids))
+        rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids)
+        return LayerInputs(mask, rotary, aux_weight=aux_weight)
 
     # A pipeline calls the model in three pieces, each with its own part of the parameters.
 
@@ -177,10 +256,12 @@ class GPTModel(nn.Module):
         """x [B, S, D] through the layers that the parameters hold, which `rows` names."""
         return self.decoder(x_BSD, inputs, deterministic=deterministic, rows=rows, final_norm=False)
 
-    def loss_sum_of_stream(self, x_BSD: Array, labels: Array, weights: Array) -> FusedLoss:
+    def loss_sum_of_stream(
+        self, x_BSD: Array, tokens: Array, labels: Array, weights: Array, **inputs: Any
+    ) -> FusedLoss:
         """`loss_sum` from the residual stream after the last layer, [B, S, D]."""
         hidden_BSD = self.decoder(x_BSD, LayerInputs(AttentionMask()), rows={})
-        return language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, self.resolved_config)
+        return self._loss_sum(hidden_BSD, tokens, labels, weights, **inputs)
 
     def output_weight(self) -> Array:
         """The matrix from hidden states to logits, [D, padded vocabulary]."""

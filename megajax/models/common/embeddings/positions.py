@@ -23,10 +23,11 @@ def packed_positions(segment_ids: Array) -> Array:
 
 def rotary_embedding(config: TransformerConfig) -> RotaryEmbedding | YarnRotaryEmbedding | None:
     """The rotary embedding of `position_embedding_type`, None for the types that are not rotary."""
-    assert config.kv_channels is not None
+    channels = config.qk_pos_emb_head_dim if config.multi_latent_attention else config.kv_channels
+    assert channels is not None
     if config.position_embedding_type == "rope":
         return RotaryEmbedding(
-            kv_channels=config.kv_channels,
+            kv_channels=channels,
             rotary_percent=config.rotary_percent,
             rotary_interleaved=config.rotary_interleaved,
             seq_len_interpolation_factor=config.seq_len_interpolation_factor,
@@ -42,7 +43,7 @@ def rotary_embedding(config: TransformerConfig) -> RotaryEmbedding | YarnRotaryE
         )
     if config.position_embedding_type == "yarn":
         return YarnRotaryEmbedding(
-            kv_channels=config.kv_channels,
+            kv_channels=channels,
             rotary_percent=config.rotary_percent,
             rotary_base=config.rotary_base,
             scaling_factor=config.yarn_rotary_scaling_factor,

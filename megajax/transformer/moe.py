@@ -1,0 +1,258 @@
+"""A mixture of experts in place of an MLP: router, experts, and what all tokens share."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S sequence, D hidden, E experts, K experts a token, F ffn hidden of an expert, L latent width
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from megajax.config import TransformerConfig
+from megajax.ops.activations import ACTIVATIONS, activate, gated
+from megajax.ops.attach import attach
+from megajax.ops.grouped import Groups, expert_counts, grouped_bias, grouped_matmul
+from megajax.ops.router import Routing, load_balancing_loss, route, sinkhorn_route, z_loss
+from megajax.parallel.expert import Dispatcher, dispatch
+from megajax.parallel.sharding import constrain
+from megajax.spec import Builder
+from megajax.transformer.linear import init_std, normal_init, output_init_std, zeros_init
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
+class MoESubmodules:
+    """Slots of `MoELayer`. linear_fc1, linear_fc2: the maps to and from the latent space."""
+
+    router: Builder
+    experts: Builder
+    shared_experts: Builder
+    linear_fc1: Builder
+    linear_fc2: Builder
+
+
+def routing(config: TransformerConfig) -> Routing:
+    """The rule that a config describes."""
+    score = config.moe_router_score_function
+    return Routing(
+        top_k=config.moe_router_topk,
+        score="pre_softmax" if score == "softmax" and config.moe_router_pre_softmax else score,
+        groups=config.moe_router_num_groups,
+        group_top_k=config.moe_router_group_topk,
+        scaling_factor=config.moe_router_topk_scaling_factor,
+    )
+
+
+class Router(nn.Module):
+    """x [B, S, D] -> (experts int32 [B, S, K], weights fp32 [B, S, K]), in fp32 throughout.
+
+    The losses that balance the experts, and the bias that does so without one, get their gradients by `attach`, so
+    that nothing of them has to find its way out of the stack of layers. The "gradient" of the bias is how many tokens
+    chose each expert; the optimizer turns it into a step (`megajax.training.optimizer`).
+    Megatron: `TopKRouter` in `transformer/moe/router.py`.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BSD: Array, *, aux_weight: Array | None = None, decode: bool = False, deterministic: bool = True
+    ) -> tuple[Array, Array]:
+        """aux_weight: what the balancing losses are multiplied by; None is no training."""
+        cfg, rule = self.config, routing(self.config)
+        E, x_BSD = cfg.num_moe_experts or 0, x_BSD.astype(jnp.float32)
+        if cfg.moe_input_jitter_eps and not deterministic:
+            low, high = 1 - cfg.moe_input_jitter_eps, 1 + cfg.moe_input_jitter_eps
+            x_BSD *= jax.random.uniform(self.make_rng("dropout"), x_BSD.shape, minval=low, maxval=high)
+        kernel: Any = self.param("kernel", normal_init(init_std(cfg), ("embed", "whole")), (x_BSD.shape[-1], E))
+        logits_BSE = x_BSD @ kernel.astype(jnp.float32)
+        if cfg.add_bias_linear:
+            bias: Any = self.param("bias", zeros_init(("whole",)), (E,))
+            logits_BSE += bias.astype(jnp.float32)
+        balance = None
+        if cfg.moe_router_enable_expert_bias:
+            balance = self.param("expert_bias", zeros_init(("expert_bias",)), (E,), jnp.float32)
+        if any(kind == "sinkhorn" for kind, _ in cfg.balancing) and not decode:
+            flat = sinkhorn_route(logits_BSE.reshape(-1, E), rule.top_k)
+            ids_BSK, weights_BSK = (a.reshape(*logits_BSE.shape[:2], -1) for a in flat)
+        else:
+            ids_BSK, weights_BSK = route(logits_BSE, rule, balance)
+        if aux_weight is not None:
+            weights_BSK = self._with_losses(weights_BSK, logits_BSE, rule, aux_weight)
+            if balance is not None:
+                counts = expert_counts(ids_BSK.reshape(-1, rule.top_k), E).astype(jnp.float32)
+                weights_BSK = attach(weights_BSK, balance, counts)
+        return ids_BSK, weights_BSK
+
+    def _with_losses(self, weights_BSK: Array, logits_BSE: Array, rule: Routing, aux_weight: Array) -> Array:
+        cfg = self.config
+        for kind, coefficient in cfg.balancing:
+            if coefficient and kind in ("aux_loss", "seq_aux_loss", "global_aux_loss"):
+                loss = load_balancing_loss(logits_BSE, rule, per_sequence=kind == "seq_aux_loss")
+                weights_BSK = attach(weights_BSK, loss, aux_weight * coefficient)
+                self.sow("intermediates", kind, loss)
+        if cfg.moe_z_loss_coeff:
+            loss = z_loss(logits_BSE)
+            weights_BSK = attach(weights_BSK, loss, aux_weight * cfg.moe_z_loss_coeff)
+            self.sow("intermediates", "z_loss", loss)
+        return weights_BSK
+
+
+class ExpertLinear(nn.Module):
+    """The kernels [E, I, O] (and biases [E, O]) of one linear map of each expert; called, it gives them.
+
+    axes: logical axes of I and O.
+    """
+
+    config: TransformerConfig
+    shape: tuple[int, int, int]
+    axes: tuple[str, str]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        dtype = jnp.dtype(self.config.params_dtype)
+        weights = {"kernel": self.param("kernel", normal_init(self.std, ("experts", *self.axes)), self.shape, dtype)}
+        if self.config.add_mlp_bias:
+            axes, shape = ("experts", self.axes[1]), (self.shape[0], self.shape[2])
+            weights["bias"] = self.param("bias", zeros_init(axes), shape, dtype)
+        return weights
+
+
+class Experts(nn.Module):
+    """The MLPs of all experts, each token through its own: x [B, S, D], experts and weights [B, S, K] -> [B, S, D].
+
+    A weight multiplies what enters fc2, as in Megatron (`transformer/moe/experts.py`), so it multiplies fc2's bias too.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: Array, ids_BSK: Array, weights_BSK: Array) -> Array:
+        cfg, D = self.config, x_BSD.shape[-1]
+        E, F = cfg.num_moe_experts, cfg.moe_ffn_hidden_size
+        assert E is not None
+        assert F is not None
+        names = ["linear_gate", "linear_fc1"] if cfg.gated_linear_unit else ["linear_fc1"]
+        inner = ("expert_embed", "expert_mlp")
+        params = {name: ExpertLinear(cfg, (E, D, F), inner, init_std(cfg), name=name)() for name in names}
+        params["linear_fc2"] = ExpertLinear(cfg, (E, F, D), inner[::-1], output_init_std(cfg), name="linear_fc2")()
+        rules = dict(nn.get_logical_axis_rules())
+
+        def axes(name: str) -> tuple[str, ...]:
+            found = rules.get(name) or ()
+            return (found,) if isinstance(found, str) else tuple(found)
+
+        ep, etp = axes("experts"), axes("expert_mlp")
+
+        def spec(path: Any, leaf: Array) -> PartitionSpec:
+            del leaf
+            name, kind = path[0].key, path[1].key
+            if kind == "bias":
+                return PartitionSpec(ep, None if name == "linear_fc2" else etp)
+            return PartitionSpec(ep, etp, None) if name == "linear_fc2" else PartitionSpec(ep, None, etp)
+
+        return dispatch(
+            x_BSD,
+            ids_BSK,
+            weights_BSK,
+            params,
+            self._mlp,
+            num_experts=E,
+            dispatcher=self._dispatcher(x_BSD.shape[0] * x_BSD.shape[1]),
+            token_spec=PartitionSpec(axes("batch"), axes("residual_seq")),
+            ep=ep,
+            etp=etp,
+            param_specs=jax.tree_util.tree_map_with_path(spec, params),
+        )
+
+    def _dispatcher(self, tokens: int) -> Dispatcher:
+        cfg = self.config
+        rows = tokens * cfg.moe_router_topk // (cfg.num_moe_experts or 1)
+        return Dispatcher(
+            cfg.moe_token_dispatcher_type,
+            capacity_factor=cfg.moe_expert_capacity_factor,
+            drop_policy=cfg.moe_token_drop_policy,
+            pad_to_capacity=cfg.moe_pad_expert_input_to_capacity,
+            # What is rounded up is computed in vain: few tokens, small blocks.
+            block=min(128, max(8, 1 << math.ceil(math.log2(max(rows, 1))))),
+        )
+
+    def _mlp(self, params: Any, x: Array, weights: Array, groups: Groups | None) -> Array:
+        cfg = self.config
+        activation = ACTIVATIONS[cfg.activation_func]
+        weights = weights[..., None].astype(x.dtype)
+
+        def linear(name: str, x: Array) -> Array:
+            y = grouped_matmul(x, params[name]["kernel"], groups)
+            return y + grouped_bias(params[name]["bias"], x, groups) if cfg.add_mlp_bias else y
+
+        def project(x: Array) -> Array:
+            y = grouped_matmul(x, params["linear_fc2"]["kernel"], groups)
+            if not cfg.add_mlp_bias:
+                return y
+            bias = grouped_bias(params["linear_fc2"]["bias"], x, groups)
+            return y + (bias if cfg.moe_apply_probs_on_input else bias * weights)
+
+        if cfg.moe_apply_probs_on_input:
+            x = x * weights
+        if cfg.gated_linear_unit:
+            clamp, offset = cfg.activation_func_clamp_value, cfg.glu_linear_offset
+            h = gated(
+                linear("linear_gate", x), linear("linear_fc1", x), activation=activation, clamp=clamp, offset=offset
+            )
+        else:
+            h = activate(linear("linear_fc1", x), activation=activation)
+        return project(h if cfg.moe_apply_probs_on_input else h * weights)
+
+
+class SharedExpertGate(nn.Module):
+    """sigmoid(x g) for each token, [B, S, 1] (Qwen2-MoE)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: Array) -> Array:
+        init = normal_init(init_std(self.config), ("embed", "whole"))
+        kernel: Any = self.param("kernel", init, (x_BSD.shape[-1], 1), jnp.dtype(self.config.params_dtype))
+        return jax.nn.sigmoid(x_BSD @ kernel.astype(x_BSD.dtype))
+
+
+class MoELayer(nn.Module):
+    """Each token through K of E experts, their results weighted and summed, and through the shared experts.
+
+    x [B, S, D] -> [B, S, D]. Megatron: `transformer/moe/moe_layer.py`.
+    """
+
+    config: TransformerConfig
+    submodules: MoESubmodules
+
+    @nn.compact
+    def __call__(
+        self, x_BSD: Array, *, aux_weight: Array | None = None, decode: bool = False, deterministic: bool = True
+    ) -> Array:
+        """See `Router` for the arguments."""
+        cfg, sub = self.config, self.submodules
+        x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")
+        router = sub.router(config=cfg, name="router")
+        ids_BSK, weights_BSK = router(x_BSD, aux_weight=aux_weight, decode=decode, deterministic=deterministic)
+        experts = sub.experts(config=cfg, name="experts")
+        if cfg.moe_latent_size is None:
+            y_BSD = experts(x_BSD, ids_BSK, weights_BSK)
+        else:
+            latent = {"config": cfg, "axis": "whole", "use_bias": cfg.add_mlp_bias}
+            x_BSL = sub.linear_fc1(features=cfg.moe_latent_size, name="fc1_latent_proj", **latent)(x_BSD)
+            y_BSL = experts(x_BSL, ids_BSK, weights_BSK)
+            y_BSD = sub.linear_fc2(features=cfg.hidden_size, name="fc2_latent_proj", **latent)(y_BSL)
+        if cfg.moe_shared_expert_intermediate_size is not None:
+            width = cfg.moe_shared_expert_intermediate_size
+            shared = cfg.replace(ffn_hidden_size=width, add_mlp_bias=False)
+            shared_BSD = sub.shared_experts(config=shared, name="shared_experts")(x_BSD)
+            if cfg.moe_shared_expert_gate:
+                shared_BSD *= SharedExpertGate(cfg, name="shared_expert_gate")(x_BSD)
+            y_BSD += shared_BSD
+        return constrain(y_BSD, "batch", "residual_seq", "act_embed")

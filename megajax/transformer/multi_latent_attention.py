@@ -1,0 +1,142 @@
+"""Multi-latent attention: keys and values of all heads come from one narrow latent (arXiv:2405.04434)."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S query length, T key length, D hidden, N heads, C latent of keys and values, P features with a position,
+# H features without one, V features of a value
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from megajax.config import TransformerConfig
+from megajax.ops.attention import AttentionMask
+from megajax.ops.rope import Rotary, apply_rotary, yarn_mscale
+from megajax.parallel.sharding import constrain
+from megajax.spec import Builder
+from megajax.transformer.recompute import recomputed
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(unsafe_hash=True, kw_only=True)
+class MLASelfAttentionSubmodules:
+    """Slots of `MultiLatentAttention`. q_layernorm, kv_layernorm: norms of the latents, None for none."""
+
+    linear_q_proj: Builder
+    linear_q_down_proj: Builder
+    linear_q_up_proj: Builder
+    linear_kv_down_proj: Builder
+    linear_kv_up_proj: Builder
+    core_attention: Builder
+    linear_proj: Builder
+    q_layernorm: Builder | None = None
+    kv_layernorm: Builder | None = None
+
+
+class LatentCache(NamedTuple):
+    """What the positions seen so far leave behind: latent [B, T, C] and rotated key [B, T, P]."""
+
+    latent: Array
+    key: Array
+
+
+class MultiLatentAttention(nn.Module):
+    """x [B, S, D] -> [B, S, D]. Megatron: `MLASelfAttention` in `transformer/multi_latent_attention.py`.
+
+    A query head is [H without position | P rotated]; a key head is its own H features and the P that all heads share.
+    The rotated features stand in pairs, as in DeepSeek's weights.
+    """
+
+    config: TransformerConfig
+    submodules: MLASelfAttentionSubmodules
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: Array,
+        *,
+        mask: AttentionMask,
+        rotary: Rotary | None = None,
+        decode: bool = False,
+        deterministic: bool = True,
+    ) -> Array:
+        """With `decode`, latent and rotated key go into the "cache" collection at `mask.offset`."""
+        cfg, sub = self.config, self.submodules
+        N, H, P, V = cfg.num_attention_heads, cfg.qk_head_dim, cfg.qk_pos_emb_head_dim, cfg.v_head_dim
+        q_BSNK = self._queries(x_BSD)
+        q_BSNK = jnp.concatenate([q_BSNK[..., :H], _rotated(q_BSNK[..., H:], rotary)], axis=-1)
+
+        down_BSE = self._linear(sub.linear_kv_down_proj, "linear_kv_down_proj", cfg.kv_lora_rank + P, "whole", x_BSD)
+        latent_BTC, key_BTP = jnp.split(down_BSE, [cfg.kv_lora_rank], axis=-1)
+        key_BTP = _rotated(key_BTP[:, :, None], rotary)[:, :, 0]
+        if sub.kv_layernorm is not None:
+            latent_BTC = sub.kv_layernorm(config=cfg, axis="head_dim", name="kv_layernorm")(latent_BTC)
+        if decode:
+            latent_BTC, key_BTP = self._cached(latent_BTC, key_BTP, mask.offset)
+        up_BTE = self._linear(sub.linear_kv_up_proj, "linear_kv_up_proj", N * (H + V), "heads", latent_BTC)
+        k_BTNH, v_BTNV = jnp.split(_heads(up_BTE, N), [H], axis=-1)
+        shared_BTNP = jnp.broadcast_to(key_BTP[:, :, None], (*k_BTNH.shape[:3], P))
+        k_BTNK = jnp.concatenate([k_BTNH, shared_BTNP], axis=-1)
+
+        # Cores take heads of one size: what is missing is zero, which adds nothing to a score or a value.
+        width = max(H + P, V)
+        q, k, v = (_widened(x, width) for x in (q_BSNK, k_BTNK, v_BTNV))
+        core = sub.core_attention(config=self._core_config(), name="core_attention")
+        mask = dataclasses.replace(mask, window=cfg.window_size)
+        y_BSNK = recomputed(core, "core_attn", cfg)(q, k, v, mask=mask, deterministic=deterministic)
+        y_BSNV = y_BSNK[..., :V]
+        y_BSE = constrain(y_BSNV.reshape(*y_BSNV.shape[:2], -1), "batch", "seq", "act_heads")
+        proj_bias = cfg.add_attention_proj_bias
+        y_BSD = sub.linear_proj(
+            config=cfg, features=cfg.hidden_size, axis="heads", use_bias=proj_bias, name="linear_proj"
+        )(y_BSE)
+        return constrain(y_BSD, "batch", "residual_seq", "act_embed")
+
+    def _core_config(self) -> TransformerConfig:
+        cfg = self.config
+        temperature = yarn_mscale(cfg.yarn_rotary_scaling_factor, cfg.yarn_mscale_all_dim or 0.0) ** 2
+        scale = temperature / math.sqrt(cfg.qk_head_dim + cfg.qk_pos_emb_head_dim)
+        return dataclasses.replace(cfg, softmax_scale=scale, num_query_groups=cfg.num_attention_heads)
+
+    def _linear(self, build: Builder, name: str, features: int, axis: str, x: Array) -> Array:
+        return build(config=self.config, features=features, axis=axis, use_bias=False, name=name)(x)
+
+    def _queries(self, x_BSD: Array) -> Array:
+        cfg, sub, N = self.config, self.submodules, self.config.num_attention_heads
+        features = N * (cfg.qk_head_dim + cfg.qk_pos_emb_head_dim)
+        if cfg.q_lora_rank is None:
+            return _heads(self._linear(sub.linear_q_proj, "linear_q_proj", features, "heads", x_BSD), N)
+        latent_BSC = self._linear(sub.linear_q_down_proj, "linear_q_down_proj", cfg.q_lora_rank, "whole", x_BSD)
+        if sub.q_layernorm is not None:
+            latent_BSC = sub.q_layernorm(config=cfg, axis="head_dim", name="q_layernorm")(latent_BSC)
+        return _heads(self._linear(sub.linear_q_up_proj, "linear_q_up_proj", features, "heads", latent_BSC), N)
+
+    def _cached(self, latent: Array, key: Array, offset: Array | int) -> tuple[Array, Array]:
+        cache = self.variable("cache", "latent", lambda: LatentCache(jnp.zeros_like(latent), jnp.zeros_like(key)))
+        if not self.is_initializing():
+            start = (0, offset, 0)
+            cache.value = LatentCache(
+                jax.lax.dynamic_update_slice(cache.value.latent, latent, start),
+                jax.lax.dynamic_update_slice(cache.value.key, key, start),
+            )
+        return cache.value.latent, cache.value.key
+
+
+def _heads(x_BSE: Array, heads: int) -> Array:
+    return constrain(x_BSE.reshape(*x_BSE.shape[:2], heads, -1), "batch", "seq", "act_heads", None)
+
+
+def _rotated(x_BSNP: Array, rotary: Rotary | None) -> Array:
+    """x rotated. Its pairs stand side by side; afterwards half the width apart, which a product of two does not see."""
+    if rotary is None:
+        return x_BSNP
+    apart = x_BSNP.reshape(*x_BSNP.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x_BSNP.shape)
+    return apply_rotary(apart, rotary)
+
+
+def _widened(x: Array, width: int) -> Array:
+    missing = width - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)) if missing else x
