@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from megajax.config import Config, TransformerConfig
+from megajax.config import Config, LatentAttentionConfig, MoEConfig, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ def describe(annotation: Any) -> str:
     if annotation in (int, float, str, bool):
         return {int: "INT", float: "FLOAT", str: "TEXT", bool: "true or false"}[annotation]
     parts = [describe(part) for part in get_args(annotation) if part is not type(None)]
+    parts = [part for part in parts if f"{part} ..." not in parts]  # one is a list of one
     return " or ".join(parts) or annotation.__name__
 
 
@@ -114,6 +115,12 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "--pp": "pipeline_model_parallel_size",
         "--vpp": "num_virtual_stages_per_pipeline_rank",
         "--cp": "context_parallel_size",
+        "--ep": "expert_model_parallel_size",
+        "--num-experts": "num_moe_experts",
+        "--rotary-scaling-factor": "yarn_rotary_scaling_factor",
+        "--original-max-position-embeddings": "yarn_original_max_position_embeddings",
+        "--mscale": "yarn_mscale",
+        "--mscale-all-dim": "yarn_mscale_all_dim",
         "--norm-epsilon": "layernorm_epsilon",
         "--max-position-embeddings": "max_sequence_length",
         "--rotary-seq-len-interpolation-factor": "seq_len_interpolation_factor",
@@ -161,6 +168,7 @@ REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 set them: they exclude each other."""
 
 IGNORED: tuple[str, ...] = (
+    *("--moe-grouped-gemm", "--moe-router-dtype", "--moe-per-layer-logging", "--moe-router-fusion"),
     *("--no-*-fusion", "--moe-permute-fusion", "--cross-entropy-loss-fusion", "--transformer-impl"),
     *("--attention-backend", "--use-flash-attn", "--use-mcore-models", "--use-legacy-models"),
     *("--distributed-backend", "--local-rank", "--cuda-graph-*", "--enable-cuda-graph"),
@@ -185,15 +193,12 @@ class Refused:
 
 REFUSED: tuple[Refused, ...] = (
     Refused(
-        ("--ep", "--expert-tensor-parallel-size", "--etp"),
-        "not supported yet; leave it at 1",
-        accepted=("1",),
+        ("--expert-tensor-parallel-size", "--etp"),
+        "not supported yet: experts are divided as the rest of a layer is; leave it out",
     ),
-    Refused(("--num-experts", "--mtp-num-layers"), "not supported yet; drop it", accepted=("0",)),
     Refused(
         (
-            *("--moe-*", "--expert-*", "--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim"),
-            *("--qk-pos-emb-head-dim", "--v-head-dim", "--mtp-*", "--fp8-*", "--fp4-*", "--hybrid-*", "--mamba-*"),
+            *("--moe-*", "--expert-*", "--mtp-*", "--fp8-*", "--fp4-*", "--hybrid-*", "--mamba-*"),
             *("--*pipeline*", "--microbatch-group-size-per-vp-stage"),
         ),
         "not supported yet; drop it",
@@ -239,7 +244,27 @@ def _warms_up(c: Config) -> bool:
 
 
 NO_EFFECT: tuple[NoEffect, ...] = (
-    NoEffect(("expert_model_parallel_size",), lambda c: False, "the model has no experts; drop it"),
+    NoEffect(
+        ("expert_model_parallel_size",),
+        lambda c: c.model.num_moe_experts is not None or c.parallel.expert_model_parallel_size == 1,
+        "the model has no experts; it needs --num-moe-experts",
+    ),
+    NoEffect(
+        tuple(name for name in MoEConfig.__dataclass_fields__ if name != "num_moe_experts"),
+        lambda c: c.model.num_moe_experts is not None,
+        "the model has no experts; it needs --num-moe-experts",
+    ),
+    NoEffect(
+        ("moe_router_bias_update_rate",),
+        lambda c: c.model.moe_router_enable_expert_bias,
+        "it needs --moe-router-enable-expert-bias",
+    ),
+    NoEffect(
+        tuple(name for name in LatentAttentionConfig.__dataclass_fields__ if name != "multi_latent_attention"),
+        lambda c: c.model.multi_latent_attention,
+        "it needs --multi-latent-attention",
+    ),
+    NoEffect(("mtp_loss_scaling_factor",), lambda c: c.model.mtp_num_layers is not None, "it needs --mtp-num-layers"),
     NoEffect(
         ("cp_comm_type",), lambda c: c.parallel.context_parallel_size > 1, "it needs --context-parallel-size above 1"
     ),

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- table: tests/readme_table.py -->", "<!-- end of table -->"
 
-PLANNED = ("GPT with MoE, MLA, MTP", "BERT", "T5", "Mamba and hybrids", "CLIP ViT, RADIO", "LLaVA", "RETRO")
-NOT_BUILT = ("EP",)
+PLANNED = ("BERT", "T5", "Mamba and hybrids", "CLIP ViT, RADIO", "LLaVA", "RETRO")
+ROWS = {"GPT, dense": ("tied", "untied"), "GPT with MoE": ("experts",), "GPT with MoE, MLA, MTP": ("latent",)}
+"""Row of the table -> models of `test_layouts.py`."""
 
 
 def _load(path: Path) -> ModuleType:
@@ -28,8 +29,8 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def parallelisms() -> dict[str, list[str]]:
-    """Each parallelism and the layouts of `test_layouts.py` that use it."""
+def parallelisms() -> dict[str, dict[str, list[str]]]:
+    """Each row's models, each parallelism, and the layouts of `test_layouts.py` that use it."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     layouts = _load(ROOT / "tests" / "training" / "test_layouts.py").LAYOUTS
     uses = {
@@ -41,17 +42,28 @@ def parallelisms() -> dict[str, list[str]]:
         "SP": lambda row: row.sp,
         "CP": lambda row: row.cp > 1,
         "PP": lambda row: row.pp > 1,
+        "EP": lambda row: row.ep > 1,
     }
-    return {name: [str(row) for row in layouts if used(row)] for name, used in uses.items()}
+    return {
+        title: {name: [str(row) for row in layouts if row.model in models and used(row)] for name, used in uses.items()}
+        for title, models in ROWS.items()
+    }
+
+
+def _cell(title: str, name: str, rows: list[str]) -> str:
+    if name == "EP" and title == "GPT, dense":
+        return "no experts"
+    return f"{len(rows)} layout{'s' * (len(rows) > 1)}" if rows else "not tested"
 
 
 def table() -> str:
     """The table in Markdown."""
     covered = parallelisms()
-    names = [*covered, *NOT_BUILT]
-    cells = [f"{len(rows)} layouts" if rows else "not tested" for rows in covered.values()]
+    names = list(covered["GPT, dense"])
     lines = [f"| family | one device | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    lines.append(f"| GPT, dense | yes | {' | '.join(cells + ['not yet'] * len(NOT_BUILT))} |")
+    for title, uses in covered.items():
+        cells = [_cell(title, name, rows) for name, rows in uses.items()]
+        lines.append(f"| {title} | yes | {' | '.join(cells)} |")
     lines += [f"| {family} | {' | '.join(['not yet'] * (len(names) + 1))} |" for family in PLANNED]
     return "\n".join(lines)
 

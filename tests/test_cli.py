@@ -185,7 +185,7 @@ GOOD = [
     )),
     ("--zero 3", group("parallel", zero=3)),
     ("--use-distributed-optimizer", group("parallel", zero=1)),
-    ("--pp 1 --context-parallel-size 1 --ep 1 --num-experts 0", DEFAULT),
+    ("--pp 1 --context-parallel-size 1 --ep 1", DEFAULT),
     ("--optimizer lion --lion-beta1 0.8", group("optimizer", optimizer="lion", lion_beta1=0.8)),
     ("--optimizer muon --adam-beta2 0.95", group("optimizer", optimizer="muon", adam_beta2=0.95)),
     ("--optimizer adam --no-muon-use-nesterov", DEFAULT),
@@ -228,7 +228,7 @@ BAD = [
     ("--lr=", "--lr '' is not valid: expected FLOAT"),
     ("--lr nan", "--lr nan is not valid: expected FLOAT"),
     ("--window-size 127", "--window-size 127 is not valid: expected INT INT"),
-    ("--window-attn-skip-freq 1.5", "--window-attn-skip-freq 1.5 is not valid: expected INT or INT ..."),
+    ("--window-attn-skip-freq 1.5", "--window-attn-skip-freq 1.5 is not valid: expected INT ..."),
     ("--optimizer admw", "--optimizer admw is not valid: expected adam|sgd|lion|muon; did you mean adam?"),
     ("--zero 4", "--zero 4 is not valid: expected 0|1|2|3"),
     ("--bf16 maybe", "--bf16 maybe is not valid: --bf16 takes no value; write --bf16 or --no-bf16"),
@@ -267,9 +267,8 @@ BAD = [
         "--tp 2 and --tensor-model-parallel-size 4 disagree about tensor_model_parallel_size; drop one",
     ),
     # Not built.
-    ("--num-experts 8", "--num-experts 8 is not supported yet; drop it"),
-    ("--moe-router-topk 2", "--moe-router-topk 2 is not supported yet; drop it"),
-    ("--multi-latent-attention", "--multi-latent-attention is not supported yet; drop it"),
+    ("--moe-router-force-load-balancing", "--moe-router-force-load-balancing is not supported yet; drop it"),
+    ("--num-experts 4 --moe-router-topk 8", "--moe-router-topk=8 exceeds --num-moe-experts=4; lower it"),
     (
         "--tokenizer-type GPT2BPETokenizer",
         "--tokenizer-type GPT2BPETokenizer is not supported; give --tokenizer byte, or the path of a tokenizer.json,"

@@ -57,7 +57,8 @@ def model_flops(config: TransformerConfig, *, batch_size: int, seq_length: int) 
         + 6 batch_size seq_length^2 q (layers with attention)
 
     The last term is the two products of attention, halved because a causal mask needs half of each. Sliding windows
-    are counted as full attention, as in Megatron.
+    are counted as full attention, as in Megatron. Of a layer with experts the router, the shared experts and the
+    `moe_router_topk` chosen ones count, whatever a capacity drops or pads.
 
     Args:
       batch_size: samples in the step (the global batch).
@@ -68,10 +69,17 @@ def model_flops(config: TransformerConfig, *, batch_size: int, seq_length: int) 
     per_token = sum(_attention_weights(config, i) + _mlp_weights(config, i) for i in layers)
     per_token += config.hidden_size * config.padded_vocab_size
     attention = sum(_query_width(config) for i in layers if _kind(config, i, "attention") == "normal")
+    if config.mtp_num_layers:  # each: a layer like the last, a map from two streams to one, the output layer again
+        last = config.num_layers - 1
+        further = _attention_weights(config, last) + _mlp_weights(config, last) + 2 * config.hidden_size**2
+        per_token += config.mtp_num_layers * (further + config.hidden_size * config.padded_vocab_size)
+        attention += config.mtp_num_layers * _query_width(config)
     return _PER_PARAMETER * (tokens * per_token + batch_size * seq_length**2 * attention)
 
 
 def _query_width(config: TransformerConfig) -> int:
+    if config.multi_latent_attention:  # the mean of the widths of the two products of attention
+        return config.num_attention_heads * (config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim) // 2
     assert config.kv_channels is not None
     return config.kv_channels * config.num_attention_heads
 
@@ -90,11 +98,21 @@ def _attention_weights(config: TransformerConfig, index: int) -> int:
     if kind != "normal":
         return hidden * hidden if kind == "linear" else 0
     layer = config.for_layer(index)
+    if layer.multi_latent_attention:
+        return _latent_attention_weights(layer)
     assert layer.kv_channels is not None
     assert layer.num_query_groups is not None
     query, key = _query_width(layer), layer.kv_channels * layer.num_query_groups
     gate = query if layer.attention_output_gate else 0
     return hidden * (query + 2 * key + gate) + query * hidden
+
+
+def _latent_attention_weights(layer: TransformerConfig) -> int:
+    hidden, heads, rotated = layer.hidden_size, layer.num_attention_heads, layer.qk_pos_emb_head_dim
+    query = heads * (layer.qk_head_dim + rotated)
+    queries = hidden * query if layer.q_lora_rank is None else layer.q_lora_rank * (hidden + query)
+    keys = hidden * (layer.kv_lora_rank + rotated) + layer.kv_lora_rank * heads * (layer.qk_head_dim + layer.v_head_dim)
+    return queries + keys + heads * layer.v_head_dim * hidden
 
 
 def _mlp_weights(config: TransformerConfig, index: int) -> int:
@@ -104,7 +122,15 @@ def _mlp_weights(config: TransformerConfig, index: int) -> int:
         return hidden * hidden if kind == "linear" else 0
     layer = config.for_layer(index)
     assert layer.ffn_hidden_size is not None
-    return hidden * layer.ffn_hidden_size * (3 if layer.gated_linear_unit else 2)
+    maps = 3 if layer.gated_linear_unit else 2
+    if layer.num_moe_experts is None:
+        return hidden * layer.ffn_hidden_size * maps
+    assert layer.moe_ffn_hidden_size is not None
+    width = layer.moe_latent_size or hidden
+    chosen = layer.moe_router_topk * width * layer.moe_ffn_hidden_size * maps
+    latent = 0 if layer.moe_latent_size is None else 2 * hidden * layer.moe_latent_size
+    shared = hidden * (layer.moe_shared_expert_intermediate_size or 0) * maps
+    return chosen + latent + shared + hidden * layer.num_moe_experts
 
 
 def peak_flops_per_second(device_kind: str) -> float | None:

@@ -136,7 +136,9 @@ def balance_experts(rate: float) -> optax.GradientTransformation:
 
     def update(counts: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        return jax.tree.map(lambda c: rate * jnp.sign(jnp.mean(c, -1, keepdims=True) - c), counts), state
+        # Whole numbers on both sides: where a count is the mean, rounding must not decide the sign.
+        above = jax.tree.map(lambda c: c.shape[-1] * c - jnp.sum(c, -1, keepdims=True), counts)
+        return jax.tree.map(lambda a: -rate * jnp.sign(a), above), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
@@ -204,8 +206,7 @@ def _map_with_names(function: Callable[[tuple[str, ...], Axes], bool], logical_a
 def global_norm(tree: Any) -> jax.Array:
     """The 2-norm of all leaves as one vector, accumulated in float32; counts of tokens are left out."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    gradients = [leaf for path, leaf in leaves if not path or path[-1] != jax.tree_util.DictKey(EXPERT_BIAS)]
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in gradients]
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for path, leaf in leaves if not _counts_tokens(path)]
     return jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 
@@ -221,4 +222,11 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
     if max_norm == 0:
         return grads, norm
     coefficient = jnp.minimum(max_norm / (norm + 1e-6), 1.0)
-    return jax.tree.map(lambda g: (g * coefficient).astype(g.dtype), grads), norm
+    clipped = jax.tree_util.tree_map_with_path(
+        lambda path, g: g if _counts_tokens(path) else (g * coefficient).astype(g.dtype), grads
+    )
+    return clipped, norm
+
+
+def _counts_tokens(path: Any) -> bool:
+    return bool(path) and path[-1] == jax.tree_util.DictKey(EXPERT_BIAS)

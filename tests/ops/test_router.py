@@ -1,4 +1,4 @@
-"""Routing and balancing losses against numbers of Megatron-Core 0.16.1 (tests/golden/mcore_router, mcore_moe_losses)."""
+"""Routing and balancing losses against Megatron-Core 0.16.1 (tests/golden/mcore_router, mcore_moe_losses)."""
 
 # SPDX-License-Identifier: Apache-2.0
 import json
