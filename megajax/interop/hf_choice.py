@@ -15,7 +15,11 @@ from megajax.interop.hf_rope import position_key
 _NOT_THE_FUNCTION = """hidden_dropout attention_dropout init_method_std embedding_init_method_std bf16 fp16 params_dtype
 recompute_granularity recompute_method recompute_num_layers recompute_modules label_smoothing z_loss_coeff
 make_vocab_size_divisible_by attention_softmax_in_fp32 apply_query_key_layer_scaling fp32_residual_connection
-_derived"""
+moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_router_load_balancing_type moe_router_bias_update_rate
+moe_token_dispatcher_type mtp_loss_scaling_factor _derived"""
+_EXPERTS_ONLY = ("moe_", "num_moe_")
+_LATENT_ONLY = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_NOT_LATENT = ("kv_channels", "num_query_groups", "softmax_scale")
 _POSITIONS = ("position_embedding_type", "max_sequence_length", "seq_len_interpolation_factor")
 _POSITION_PREFIXES = ("rope_", "rotary_", "yarn_")
 _GATED_ONLY = ("glu_linear_offset", "activation_func_clamp_value")
@@ -62,8 +66,12 @@ def _function(config: TransformerConfig, index: int) -> dict[str, Any]:
     values = {
         name: value for name, value in values.items() if name not in dropped and not name.startswith(_POSITION_PREFIXES)
     }
+    if layer.num_moe_experts is None:
+        values = {name: value for name, value in values.items() if not name.startswith(_EXPERTS_ONLY)}
     values["add_qkv_bias"] = values.pop("add_bias_linear") or layer.add_qkv_bias
     values["softmax_scale"] = layer.softmax_scale or (layer.kv_channels or 1) ** -0.5
+    for name in _NOT_LATENT if layer.multi_latent_attention else _LATENT_ONLY:
+        values.pop(name, None)
     left = -1 if layer.window_size is None else layer.window_size[0]
     values["window_size"] = None if left < 0 else (left, 0)
     positions = position_key(layer)

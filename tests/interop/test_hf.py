@@ -17,7 +17,7 @@ from megajax.interop import hf
 from megajax.interop.pretrained import Pretrained
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-ORACLES = ["hf_gpt2", "hf_llama", "hf_llama3_rope", "hf_qwen3"]
+ORACLES = ["hf_gpt2", "hf_llama", "hf_llama3_rope", "hf_qwen3", "hf_mixtral", "hf_deepseek_v3", "hf_gpt_oss"]
 OPTIONS = sorted(f"hf_options/{folder.name}" for folder in (GOLDEN / "hf_options").iterdir() if folder.is_dir())
 
 
@@ -43,7 +43,8 @@ def tensors_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("case", ORACLES)
+# Mixtral's loss has one balancing term over all layers at once in it; Megatron's, and so ours, is one a layer.
+@pytest.mark.parametrize("case", [case for case in ORACLES if case != "hf_mixtral"])
 def test_loss_and_gradients(case, tmp_path):
     pretrained = loaded(case)
     inputs, outputs = arrays(case, "inputs.npz"), arrays(case, "outputs.npz")

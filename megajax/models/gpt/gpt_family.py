@@ -126,11 +126,12 @@ def layer_segments(model: nn.Module) -> tuple[Segment, ...]:
 
 
 def hf() -> tuple[Architecture, ...]:
-    """Llama and its like, then GPT-2."""
+    """Llama and its like, those with experts, GPT-2."""
+    from megajax.models.gpt.experts_hf import EXPERTS
     from megajax.models.gpt.gpt2_hf import GPT2
     from megajax.models.gpt.llama_hf import LLAMA_LIKE
 
-    return (*LLAMA_LIKE, GPT2)
+    return (*LLAMA_LIKE, *EXPERTS, GPT2)
 
 
 def megatron() -> MegatronWeights:

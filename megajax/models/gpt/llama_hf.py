@@ -109,7 +109,7 @@ def _write_mistral(config: TransformerConfig) -> dict[str, Any]:
     return {"sliding_window": None if config.window_size is None else config.window_size[0] + 1}
 
 
-def _windowed_layers(fields: Fields, layers: int, default: Callable[[bool], list[bool]]) -> dict[str, Any]:
+def windowed_layers(fields: Fields, layers: int, default: Callable[[bool], list[bool]]) -> dict[str, Any]:
     """Which layers have a window: what `layer_types` says, else `default(whether there is a window)`."""
     on, size, kinds = fields.flag("use_sliding_window"), fields.take("sliding_window"), fields.optional("layer_types")
     if kinds is None:
@@ -132,7 +132,8 @@ def _windowed_layers(fields: Fields, layers: int, default: Callable[[bool], list
     return {"window_size": _window(size), "window_attn_skip_freq": tuple(int(w) for w in windowed)}
 
 
-def _write_windows(config: TransformerConfig) -> dict[str, Any]:
+def write_windows(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `windowed_layers`."""
     sizes = [config.for_layer(i).window_size for i in range(config.num_layers)]
     window = next((size for size in sizes if size is not None), None)
     return {
@@ -144,11 +145,11 @@ def _write_windows(config: TransformerConfig) -> dict[str, Any]:
 
 def _read_qwen(fields: Fields, layers: int) -> dict[str, Any]:
     first = fields.number("max_window_layers")
-    return _windowed_layers(fields, layers, lambda on: [on and i >= first for i in range(layers)])
+    return windowed_layers(fields, layers, lambda on: [on and i >= first for i in range(layers)])
 
 
 def _write_qwen(config: TransformerConfig) -> dict[str, Any]:
-    windows = _write_windows(config)
+    windows = write_windows(config)
     first = next((i for i, kind in enumerate(windows["layer_types"]) if kind == "sliding_attention"), config.num_layers)
     return windows | {"max_window_layers": first}
 
@@ -162,12 +163,12 @@ def _read_smollm3(fields: Fields, layers: int) -> dict[str, Any]:
         raise ConfigError(f"config.json: no_rope_layers={rotated} must have num_hidden_layers={layers} entries")
     skipped = tuple(int(not value) for value in rotated[:layers])
     pattern = {"no_rope_freq": skipped} if any(skipped) else {}
-    return pattern | _windowed_layers(fields, layers, lambda on: [on and bool(skip) for skip in skipped])
+    return pattern | windowed_layers(fields, layers, lambda on: [on and bool(skip) for skip in skipped])
 
 
 def _write_smollm3(config: TransformerConfig) -> dict[str, Any]:
     rotated = [int(config.for_layer(i).no_rope_freq is None) for i in range(config.num_layers)]
-    return _write_windows(config) | {"no_rope_layers": rotated}
+    return write_windows(config) | {"no_rope_layers": rotated}
 
 
 _RMS_GATED = {"normalization": "RMSNorm", "gated_linear_unit": True}
@@ -192,7 +193,7 @@ _NEMOTRON = Dialect(
     partial=0.5,
 )
 
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
     "hidden_act": "silu",
@@ -205,28 +206,29 @@ _DEFAULTS: dict[str, Any] = {
 _WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 
-def _linear(name: str, *parts: str) -> tuple[Row, Row]:
+def linear(name: str, *parts: str) -> tuple[Row, Row]:
+    """The tensors of a linear layer: weight and bias."""
     weights = tuple(f"{part}/kernel" for part in parts)
     biases = tuple(f"{part}/bias" for part in parts)
     return Row(f"layers.{{i}}.{name}.weight", weights, transposed=True), Row(f"layers.{{i}}.{name}.bias", biases)
 
 
-_LAYER_ROWS: tuple[Row, ...] = (
+LAYER_ROWS: tuple[Row, ...] = (
     Row("layers.{i}.input_layernorm.weight", ("input_layernorm/scale",)),
     Row("layers.{i}.input_layernorm.bias", ("input_layernorm/bias",)),
-    *_linear("self_attn.q_proj", "self_attention/linear_q"),
-    *_linear("self_attn.k_proj", "self_attention/linear_k"),
-    *_linear("self_attn.v_proj", "self_attention/linear_v"),
-    *_linear("self_attn.o_proj", "self_attention/linear_proj"),
+    *linear("self_attn.q_proj", "self_attention/linear_q"),
+    *linear("self_attn.k_proj", "self_attention/linear_k"),
+    *linear("self_attn.v_proj", "self_attention/linear_v"),
+    *linear("self_attn.o_proj", "self_attention/linear_proj"),
     Row("layers.{i}.self_attn.q_norm.weight", ("self_attention/q_layernorm/scale",)),
     Row("layers.{i}.self_attn.k_norm.weight", ("self_attention/k_layernorm/scale",)),
     Row("layers.{i}.post_attention_layernorm.weight", ("pre_mlp_layernorm/scale",)),
     Row("layers.{i}.post_attention_layernorm.bias", ("pre_mlp_layernorm/bias",)),
-    *_linear("mlp.gate_proj", "mlp/linear_gate"),
-    *_linear("mlp.up_proj", "mlp/linear_fc1"),
-    *_linear("mlp.down_proj", "mlp/linear_fc2"),
+    *linear("mlp.gate_proj", "mlp/linear_gate"),
+    *linear("mlp.up_proj", "mlp/linear_fc1"),
+    *linear("mlp.down_proj", "mlp/linear_fc2"),
 )
-_ROWS: tuple[Row, ...] = (
+ROWS: tuple[Row, ...] = (
     Row("embed_tokens.weight", ("embedding/word_embeddings/embedding",), vocabulary=True),
     Row("norm.weight", ("decoder/final_layernorm/scale",)),
     Row("norm.bias", ("decoder/final_layernorm/bias",)),
@@ -238,13 +240,13 @@ def _architecture(family: str, model_type: str, dialect: Dialect, defaults: Mapp
         name=f"{family}ForCausalLM",
         base=f"{family}Model",
         model_type=model_type,
-        defaults={**_DEFAULTS, **defaults},
+        defaults={**DEFAULTS, **defaults},
         read=dialect.read,
         write=dialect.write,
         prefix="model.",
         build=GPTModel,
-        rows=_ROWS,
-        layer_rows=_LAYER_ROWS,
+        rows=ROWS,
+        layer_rows=LAYER_ROWS,
         ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.\w+",
     )
 
