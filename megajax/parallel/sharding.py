@@ -1,9 +1,10 @@
 """The one table from logical axes to mesh axes, and what is done with it: constraints, shardings, validation."""
 
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -121,6 +122,21 @@ def _laid_out_backward(forward: PartitionSpec | None, backward: PartitionSpec, _
 _laid_out.defvjp(_laid_out_forward, _laid_out_backward)
 
 
+@contextlib.contextmanager
+def residual_stream_of(tokens: int, *, whole: bool = False) -> Iterator[None]:
+    """Where a sequence of so many tokens is not divided between layers if sequence parallelism cannot divide it evenly.
+
+    For stacks beside the main one, such as a vision tower, whose lengths nobody can choose. whole: not in any case.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    axes = rules.get("residual_seq") or ()
+    if not whole and tokens % math.prod(mesh.shape.get(axis, 1) for axis in axes) == 0:
+        yield
+        return
+    with nn.logical_axis_rules(tuple((rules | {"residual_seq": rules["seq"]}).items() if rules else ())):
+        yield
+
+
 def merge_tokens(x: Array) -> Array:
     """x [B, S, ...] -> [B S, ...], so that a weight gradient is one plain 2-D product.
 
@@ -218,22 +234,50 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
     """Raises ConfigError where the model cannot be divided as `parallel` says."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep = parallel.expert_model_parallel_size
     by = f"tensor_model_parallel_size={tp}"
     by_both = by if pp == 1 else f"{by} times pipeline_model_parallel_size={pp}"
     vocabulary = "the padded vocabulary (see make_vocab_size_divisible_by)"
     for name, size, shards, divisor in (
         ("num_attention_heads", model.num_attention_heads, tp, by),
         ("ffn_hidden_size", model.ffn_hidden_size, tp, by),
+        ("num_moe_experts", model.num_moe_experts, ep, f"expert_model_parallel_size={ep}"),
+        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, tp, by),
         (vocabulary, 0 if model.vocab_size is None else model.padded_vocab_size, tp * pp, by_both),
     ):
         if (size or 0) % shards:
             raise ConfigError(f"{name}={size} is not divisible by {divisor}; change one of them")
     _validate_dropout(model, parallel)
+    _validate_experts(model, parallel)
     groups = model.num_query_groups or tp
     if groups % tp and tp % groups:
         raise ConfigError(
             f"num_query_groups={groups} neither divides nor is divided by tensor_model_parallel_size={tp};"
             " change one of them"
+        )
+
+
+def _validate_experts(model: TransformerConfig, parallel: ParallelConfig) -> None:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel.expert_model_parallel_size > 1 and model.num_moe_experts is None:
+        raise ConfigError(
+            f"expert_model_parallel_size={parallel.expert_model_parallel_size} has no effect without num_moe_experts;"
+            " leave it out"
+        )
+    if model.num_moe_experts is not None and model.add_mlp_bias and tp > 1:
+        raise ConfigError(
+            f"tensor_model_parallel_size={tp} is not possible for experts with biases; set it to 1, or"
+            " add_mlp_bias=False"
+        )
+    if model.mtp_num_layers and parallel.zigzag:
+        raise ConfigError(
+            f"mtp_num_layers={model.mtp_num_layers} is not possible with cp_comm_type={parallel.cp_comm_type!r}, whose"
+            " tokens lie in another order; use all_gather or a2a"
+        )
+    if model.mtp_num_layers and pp > 1 and model.draws_noise:
+        raise ConfigError(
+            f"mtp_num_layers={model.mtp_num_layers} is not possible with dropout and pipeline_model_parallel_size={pp};"
+            " set hidden_dropout and attention_dropout to 0"
         )
 
 
