@@ -54,7 +54,7 @@ def load(path: Path, *, make_vocab_size_divisible_by: int = 1) -> Pretrained:
     ):  # no head in the file: logits, if anyone asks for them, come from the embedding
         values["tie_word_embeddings"] = True
     config = architecture.read_config(values).replace(make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    table = tensor_table(folder)
+    table = {architecture.current_name(name): entry for name, entry in tensor_table(folder).items()}
     config = config.replace(params_dtype=_common_dtype(architecture, table))
     model = architecture.build(config)
     prefix = architecture.prefix if any(name.startswith(architecture.prefix) for name in table) else ""
@@ -158,4 +158,4 @@ def _check_leaves(expected: Mapping[str, Any], leaves: Mapping[str, Any]) -> Non
 
 
 def _dtype(tensor: Tensor, dtypes: Mapping[str, np.dtype]) -> np.dtype:
-    return dtypes[tensor.parts[0].path]
+    return dtypes[tensor.parts[0].path] if tensor.parts else tensor.dtype

@@ -58,6 +58,7 @@ class Architecture:
       rows: tensors outside the layers, without the prefix. layer_rows: those of each layer.
       head: the output layer's tensor.
       ignored: pattern of names, without the prefix, that hold no weights.
+      older_names: (pattern, replacement) of names in files that other versions wrote, to those that are read here.
       config_type: what `read` gives the arguments of.
       build: config -> model.
       example_inputs: config -> arguments of `model.init`.
@@ -77,6 +78,7 @@ class Architecture:
     layer_rows: tuple[Row, ...] = ()
     head: Row | None = HEAD
     ignored: str = r"(?!)"
+    older_names: tuple[tuple[str, str], ...] = ()
     config_type: type[TransformerConfig] = TransformerConfig
     example_inputs: Callable[[Any], tuple[Any, ...]] = lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
     plan: Callable[[Architecture, Any, Any, Mapping[str, Any], str], dict[str, Tensor]] | None = None
@@ -92,6 +94,12 @@ class Architecture:
         """TransformerConfig -> config.json. The token ids are unknown here, and null is better than a wrong default."""
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         return {"architectures": [self.name], "model_type": self.model_type} | self.write(config) | tokens
+
+    def current_name(self, name: str) -> str:
+        """The name that a tensor of a file has in `plan`."""
+        for pattern, replacement in self.older_names:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of the file is a buffer: masks and inverse frequencies that follow from the config."""
@@ -125,7 +133,7 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One tensor of the file with the parameters it holds. A codec, where there is one, says how."""
+    """One tensor of the file with the parameters it holds, if any. A codec, where there is one, says how."""
 
     parts: tuple[Part, ...]
     transposed: bool
@@ -261,7 +269,7 @@ def check_names(
             raise ConfigError(
                 f"{name} has shape {list(table[name].shape)}, but config.json makes it {list(tensor.shape)}"
             )
-        if not jnp.issubdtype(table[name].dtype, jnp.floating):
+        if tensor.parts and not jnp.issubdtype(table[name].dtype, jnp.floating):
             raise ConfigError(f"{name} is {table[name].dtype}; quantised weights are not supported")
 
 

@@ -72,10 +72,12 @@ class TransformerBlock(nn.Module):
         deterministic: bool = True,
         rows: Mapping[str, StackRows] | None = None,
         final_norm: bool = True,
+        num_layers: int | None = None,
     ) -> Array:
         """Runs all layers and the final norm; or, for a pipeline, a part of it.
 
         Args:
+          num_layers: stop after so many layers, without the norm; the others have no gradient. None: all.
           rows: for each stack, which of its layers the parameters given to `apply` hold; {} runs no layer.
           final_norm: False leaves the norm out.
         """
@@ -99,12 +101,14 @@ class TransformerBlock(nn.Module):
             )
             if self.is_initializing():
                 continue  # parameters do not depend on the activations; their shapes are all that init needs
+            if num_layers is not None:
+                segment, variables = _first_layers(segment, variables, num_layers)
             x_BSD, (caches, outputs) = _run_segment(segment, layers, variables, x_BSD, run, cfg)
             for stack, cache, output in zip(segment.stacks, caches, outputs, strict=True):
                 if decode:
                     self.put_variable("cache", stack.name, cache)
                 self.sow("intermediates", stack.name, output)
-        if not final_norm:
+        if not final_norm or num_layers is not None:
             return x_BSD
         if self.layer_norm is not None:
             x_BSD = self.layer_norm(config=cfg, name="final_layernorm")(x_BSD)
@@ -170,6 +174,16 @@ def _apply_layer(layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, ind
         return layer.apply(variables, x_BSD, rngs=rngs, **run.layer_arguments()), None
     x_BSD, updated = layer.apply(variables, x_BSD, rngs=rngs, mutable=["cache"], **run.layer_arguments())
     return x_BSD, updated["cache"]
+
+
+def _first_layers(segment: Segment, variables: tuple[Tree, ...], count: int) -> tuple[Segment, tuple[Tree, ...]]:
+    """The part of a segment, and of its variables, that lies in the first `count` layers of the whole stack."""
+    first, width = segment.stacks[0].first, len(segment.stacks)
+    repeats = min(segment.repeats, -(-max(0, count - first) // width))
+    if repeats < segment.repeats and repeats * width != max(0, count - first):
+        raise ConfigError(f"num_layers={count} would end within a pattern of {width} layers; choose a multiple")
+    stacks = tuple(stack._replace(repeats=repeats) for stack in segment.stacks)
+    return Segment(stacks, repeats), jax.tree.map(lambda a: a[:repeats], variables)
 
 
 Step = Callable[[Array, Tree], tuple[Array, Tree]]

@@ -1,0 +1,3 @@
+"""What vision towers share."""
+
+# SPDX-License-Identifier: Apache-2.0
