@@ -154,7 +154,7 @@ MODELS["latent"] = MODELS["experts"] | {
     "qk_head_dim": 6,
     "qk_pos_emb_head_dim": 4,
     "v_head_dim": 8,
-    "mtp_num_layers": 2,
+    "mtp_num_layers": 1,
 }
 PACKED = ("untied", "experts", "latent")
 
