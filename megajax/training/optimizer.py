@@ -134,10 +134,10 @@ def balance_experts(rate: float) -> optax.GradientTransformation:
     An expert that too many tokens chose becomes less attractive (arXiv:2408.15664; Megatron `get_updated_expert_bias`).
     """
 
-    def update(counts: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         # Whole numbers on both sides: where a count is the mean, rounding must not decide the sign.
-        above = jax.tree.map(lambda c: c.shape[-1] * c - jnp.sum(c, -1, keepdims=True), counts)
+        above = jax.tree.map(lambda c: c.shape[-1] * c - jnp.sum(c, -1, keepdims=True), updates)
         return jax.tree.map(lambda a: -rate * jnp.sign(a), above), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

@@ -138,9 +138,9 @@ class Experts(nn.Module):
         assert E is not None
         assert F is not None
         names = ["linear_gate", "linear_fc1"] if cfg.gated_linear_unit else ["linear_fc1"]
-        inner = ("expert_embed", "expert_mlp")
-        params = {name: ExpertLinear(cfg, (E, D, F), inner, init_std(cfg), name=name)() for name in names}
-        params["linear_fc2"] = ExpertLinear(cfg, (E, F, D), inner[::-1], output_init_std(cfg), name="linear_fc2")()
+        inwards, outwards = ("expert_embed", "expert_mlp"), ("expert_mlp", "expert_embed")
+        params = {name: ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg), name=name)() for name in names}
+        params["linear_fc2"] = ExpertLinear(cfg, (E, F, D), outwards, output_init_std(cfg), name="linear_fc2")()
         rules = dict(nn.get_logical_axis_rules())
 
         def axes(name: str) -> tuple[str, ...]:

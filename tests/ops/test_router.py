@@ -43,7 +43,7 @@ def test_route_is_megatrons(case: str) -> None:
     def dense(logits: jax.Array) -> tuple[jax.Array, Any]:
         ids, weights = route(logits, _rule(settings), bias)
         chosen = jax.nn.one_hot(ids, E)
-        probs = jnp.einsum("tk,tke->te", weights, chosen)
+        probs = jnp.einsum("nk,nke->ne", weights, chosen)
         return jnp.sum(probs * inputs["probs_cotangent"]), (probs, chosen.sum(1))
 
     grads, (probs, chosen) = jax.grad(dense, has_aux=True)(jnp.asarray(inputs["logits"]))
