@@ -131,6 +131,33 @@ CASES: dict[str, tuple] = {
         {"sliding_window": 7, "head_dim": 8} | rope("default"),
         {"sliding_window": 8},
     ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "num_hidden_layers": 4}
+        | {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "mlp_only_layers": [3], "head_dim": 8}
+        | rope("default"),
+        {"norm_topk_prob": True},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+        | {"mlp_only_layers": [0], "num_hidden_layers": 3, "head_dim": 8}
+        | rope("default"),
+        {"norm_topk_prob": False},
+    ),
+    "mixtral_window": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6, "head_dim": 8} | rope("default"),
+        {"sliding_window": None},
+    ),
+    "deepseek_v3_yarn": (
+        "DeepseekV3ForCausalLM",
+        {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 12}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3, "num_key_value_heads": 4}
+        | {"q_lora_rank": None, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10}
+        | rope("yarn", factor=8.0, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=1.0),
+        rope("default"),
+    ),
     "qwen2_window": (
         "Qwen2ForCausalLM",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3}

@@ -12,7 +12,7 @@ import numpy as np
 from megajax.config import ConfigError, TransformerConfig
 from megajax.interop.codec import Codec
 from megajax.interop.hf_architecture import Architecture, Part, Row, Tensor, decoder_plan, layer_reader, rows_plan
-from megajax.interop.hf_fields import Fields
+from megajax.interop.hf_fields import Fields, positive_integer
 from megajax.models.gpt.gpt_model import GPTModel
 from megajax.models.gpt.llama_hf import DEFAULTS, LAYER_ROWS, ROWS, Dialect, linear, windowed_layers, write_windows
 
@@ -144,8 +144,12 @@ def _shared(name: str) -> tuple[Row, ...]:
 def _read_qwen(fields: Fields, arguments: dict[str, Any]) -> dict[str, Any]:
     layers, step = arguments["num_layers"], fields.size("decoder_sparse_step")
     dense = set(fields.take("mlp_only_layers") or ())
+    local = "num_local_experts"  # what transformers 5 calls them in some configs
+    experts = fields.optional(local)
+    if experts is not None:
+        fields.optional("num_experts")
     return {
-        "num_moe_experts": fields.size("num_experts"),
+        "num_moe_experts": fields.size("num_experts") if experts is None else positive_integer(local, experts),
         "moe_router_topk": fields.size("num_experts_per_tok"),
         "moe_ffn_hidden_size": fields.size("moe_intermediate_size"),
         "moe_router_pre_softmax": not fields.flag("norm_topk_prob"),
@@ -156,6 +160,7 @@ def _read_qwen(fields: Fields, arguments: dict[str, Any]) -> dict[str, Any]:
 def _write_qwen(config: TransformerConfig) -> dict[str, Any]:
     return {
         "num_experts": config.num_moe_experts,
+        "num_local_experts": config.num_moe_experts,
         "num_experts_per_tok": config.moe_router_topk,
         "moe_intermediate_size": config.moe_ffn_hidden_size,
         "norm_topk_prob": not config.moe_router_pre_softmax,
@@ -169,11 +174,13 @@ def _read_qwen2(fields: Fields, arguments: dict[str, Any]) -> dict[str, Any]:
     return _read_qwen(fields, arguments) | {
         "moe_shared_expert_intermediate_size": shared,
         "moe_shared_expert_gate": True,
+        "add_qkv_bias": fields.flag("qkv_bias"),
     }
 
 
 def _write_qwen2(config: TransformerConfig) -> dict[str, Any]:
-    return _write_qwen(config) | {"shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size}
+    shared = {"shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size}
+    return _write_qwen(config) | shared | {"qkv_bias": config.add_qkv_bias or config.add_bias_linear}
 
 
 def _read_qwen_windows(fields: Fields, layers: int) -> dict[str, Any]:
@@ -217,7 +224,9 @@ QWEN2_MOE = Architecture(
     name="Qwen2MoeForCausalLM",
     base="Qwen2MoeModel",
     model_type="qwen2_moe",
-    defaults=_QWEN_DEFAULTS | {"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632},
+    defaults=_QWEN_DEFAULTS
+    | {"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632}
+    | {"qkv_bias": True},
     read=_reader(_QWEN2, _read_qwen2),
     write=_writer(_QWEN2, _write_qwen2),
     prefix="model.",
@@ -263,17 +272,10 @@ def _read_deepseek(fields: Fields, arguments: dict[str, Any]) -> dict[str, Any]:
     for name, only in (("norm_topk_prob", True), ("rope_interleave", True), ("moe_layer_freq", 1)):
         if fields.take(name) != only:
             raise ConfigError(f"config.json: {name} must be {only!r}; other values are not supported")
-    fields.refuse("num_nextn_predict_layers")
-    for name in (
-        "attention_bias",
-        "qk_head_dim",
-        "scoring_func",
-        "topk_method",
-        "ep_size",
-        "aux_loss_alpha",
-        "seq_aux",
-    ):
-        fields.optional(name)  # said twice, or about training
+    # Said twice, about training, or about modules that transformers leaves out, too.
+    for name in ("num_nextn_predict_layers", "qk_head_dim", "scoring_func", "topk_method", "ep_size", "aux_loss_alpha"):
+        fields.optional(name)
+    fields.optional("seq_aux")
     rank = fields.take("q_lora_rank")
     return {
         "multi_latent_attention": True,
