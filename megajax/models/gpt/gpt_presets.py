@@ -92,6 +92,71 @@ _nemotron4 = partial(
     activation_func="squared_relu",
 )
 """Nemotron-4, arXiv:2402.16819 (15B) and arXiv:2406.11704 (340B)."""
+_qwen3_moe = partial(
+    _qwen3, moe_router_topk=8, num_moe_experts=128, moe_aux_loss_coeff=0.001, moe_router_load_balancing_type="aux_loss"
+)
+_mixtral = partial(_llama_like, num_moe_experts=8, moe_router_topk=2, moe_aux_loss_coeff=0.02, rotary_base=1000000.0)
+"""Mixtral, arXiv:2401.04088 and the published configs."""
+_gpt_oss = partial(
+    _llama_like,
+    hidden_size=2880,
+    num_attention_heads=64,
+    num_query_groups=8,
+    ffn_hidden_size=2880,
+    kv_channels=64,
+    vocab_size=201088,
+    max_sequence_length=131072,
+    add_bias_linear=True,
+    activation_func="quick_gelu",
+    glu_linear_offset=1.0,
+    activation_func_clamp_value=7.0,
+    softmax_type="learnable",
+    window_size=(127, 0),
+    window_attn_skip_freq=2,
+    position_embedding_type="yarn",
+    rotary_base=150000.0,
+    yarn_rotary_scaling_factor=32.0,
+    yarn_correction_range_round_to_int=False,
+    yarn_mscale=None,
+    yarn_mscale_all_dim=None,
+    moe_router_topk=4,
+)
+"""gpt-oss, arXiv:2508.10925."""
+_deepseek_v3 = partial(
+    _llama_like,
+    61,
+    7168,
+    128,
+    128,
+    18432,
+    vocab_size=129280,
+    max_sequence_length=163840,
+    layernorm_epsilon=1e-6,
+    qk_layernorm=True,
+    multi_latent_attention=True,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_head_dim=128,
+    qk_pos_emb_head_dim=64,
+    v_head_dim=128,
+    position_embedding_type="yarn",
+    yarn_rotary_scaling_factor=40.0,
+    yarn_mscale=1.0,
+    yarn_mscale_all_dim=1.0,
+    num_moe_experts=256,
+    moe_layer_freq=(0,) * 3 + (1,) * 58,
+    moe_ffn_hidden_size=2048,
+    moe_shared_expert_intermediate_size=2048,
+    moe_router_topk=8,
+    moe_router_score_function="sigmoid",
+    moe_router_num_groups=8,
+    moe_router_group_topk=4,
+    moe_router_topk_scaling_factor=2.5,
+    moe_router_enable_expert_bias=True,
+    moe_router_load_balancing_type="seq_aux_loss",
+    moe_aux_loss_coeff=1e-4,
+)
+"""DeepSeek-V3, arXiv:2412.19437. Without its module of multi-token prediction: add `mtp_num_layers=1`."""
 _TIED = {"share_embeddings_and_output_weights": True}
 _ROUNDED_QWEN = {"vocab_size": 152064}
 """The larger Qwen2.5 models have a bigger table."""
@@ -132,6 +197,13 @@ PRESETS: Mapping[str, Preset] = {
     "mistral-7b-v0.3": partial(
         _llama_like, 32, 4096, 32, 8, 14336, vocab_size=32768, max_sequence_length=32768, rotary_base=1000000.0
     ),
+    "mixtral-8x7b": partial(_mixtral, 32, 4096, 32, 8, 14336, vocab_size=32000, max_sequence_length=32768),
+    "mixtral-8x22b": partial(_mixtral, 56, 6144, 48, 8, 16384, vocab_size=32768, max_sequence_length=65536),
+    "qwen3-30b-a3b": partial(_qwen3_moe, 48, 2048, 32, 4, 6144, moe_ffn_hidden_size=768),
+    "qwen3-235b-a22b": partial(_qwen3_moe, 94, 4096, 64, 4, 12288, moe_ffn_hidden_size=1536),
+    "deepseek-v3": _deepseek_v3,
+    "gpt-oss-20b": partial(_gpt_oss, num_layers=24, num_moe_experts=32),
+    "gpt-oss-120b": partial(_gpt_oss, num_layers=36, num_moe_experts=128),
     "nemotron4-15b": partial(_nemotron4, 32, 6144, 48, 8, 24576),
     "nemotron4-340b": partial(_nemotron4, 96, 18432, 96, 8, 73728),
 }
