@@ -104,6 +104,7 @@ class CudnnAttention(nn.Module):
             q,
             k,
             v,
+            bias=None if mask.bias is None else mask.bias.astype(q.dtype),
             mask=plain.dense(q.shape[1], k.shape[1]),
             scale=softmax_scale(cfg),
             is_causal=mask.causal,

@@ -13,12 +13,14 @@ Array = jax.Array
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q_segment_ids", "kv_segment_ids", "keep", "offset"],
+    data_fields=["q_segment_ids", "kv_segment_ids", "keep", "offset", "bias"],
     meta_fields=["causal", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
     """Which keys a query may see: the conjunction of all that is given. A record, so that kernels need no dense mask.
+
+    And how much it favours each, which has no other place to go along.
 
     Attributes:
       causal: query i sees keys j <= i + offset.
@@ -26,6 +28,7 @@ class AttentionMask:
       q_segment_ids, kv_segment_ids: int [B, S] and [B, T]; only equal ids see each other.
       keep: bool, broadcastable to [B, 1, S, T]; True = attend.
       offset: index, among the keys, of query 0: the number of keys that a cache held before.
+      bias: broadcastable to [B, N, S, T]; added to the scaled scores (arXiv:1910.10683).
     """
 
     causal: bool = False
@@ -34,6 +37,7 @@ class AttentionMask:
     kv_segment_ids: Array | None = None
     keep: Array | None = None
     offset: Array | int = 0
+    bias: Array | None = None
 
     def dense(self, S: int, T: int) -> Array | None:
         """The same as bool, broadcastable to [B, 1, S, T], True = attend; None when everything is visible."""
@@ -98,7 +102,10 @@ def dot_product_attention(
     q_BGRSK = q_BSNK.reshape(B, S, G, N // G, -1).transpose(0, 2, 3, 1, 4)
     k_BGTK, v_BGTK = k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3)
     scores = jnp.einsum("BGRSK,BGTK->BGRST", q_BGRSK, k_BGTK, preferred_element_type=jnp.float32)
-    scores = (scores * scale).astype(softmax_dtype)
+    scores = scores * scale
+    if mask.bias is not None:
+        scores += mask.bias.reshape(-1, G, N // G, S, T)
+    scores = scores.astype(softmax_dtype)
     keep = mask.dense(S, T)
     if keep is not None:
         # The lowest finite number, not -inf: a row with every key masked attends uniformly, as in Megatron, not NaN.

@@ -71,17 +71,19 @@ class FusedLoss(NamedTuple):
 
 
 class LossGradients(NamedTuple):
-    """The fused loss and its gradients. weighted_sum fp32 scalar, per_token fp32 [B, S], d_x like x, d_kernel fp32."""
+    """The fused loss and its gradients. weighted_sum fp32 scalar, per_token fp32 [B, S], d_x like x, d_kernel and
+    d_bias fp32; d_bias None where there is no bias."""
 
     weighted_sum: Array
     per_token: Array
     d_x: Array
     d_kernel: Array
+    d_bias: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearCrossEntropy:
-    """`cross_entropy(x @ kernel, labels)` with logits only ever held for a chunk of the sequence.
+    """`cross_entropy(x @ kernel + bias, labels)` with logits only ever held for a chunk of the sequence.
 
     Attributes:
       options: what the loss is made of.
@@ -92,37 +94,44 @@ class LinearCrossEntropy:
     options: CrossEntropyOptions
     vocab_axes: tuple[str, ...] = ()
 
-    def losses(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> FusedLoss:
+    def losses(
+        self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
+    ) -> FusedLoss:
         """Without gradients, for evaluation."""
         kernel = kernel_DV.astype(x_BSD.dtype)
 
         def one(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             x_BCD, labels_BC, weights_BC = chunk
-            loss_BC, _ = self._token_losses(_logits(x_BCD, kernel), labels_BC)
+            loss_BC, _ = self._token_losses(_logits(x_BCD, kernel, bias_V), labels_BC)
             return total + jnp.sum(loss_BC * weights_BC), loss_BC
 
         chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], kernel.shape[1])
         total, per_token = jax.lax.scan(one, jnp.float32(0), _split((x_BSD, labels_BS, weights_BS), chunks))
         return FusedLoss(total, _join(per_token))
 
-    def with_gradients(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> LossGradients:
+    def with_gradients(
+        self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
+    ) -> LossGradients:
         """With the gradients of weighted_sum, computed while a chunk's logits exist: no logit is computed twice."""
         kernel = kernel_DV.astype(x_BSD.dtype)
         D, V = kernel_DV.shape
 
-        def one(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> Any:
-            total, d_kernel = carry
+        def one(carry: tuple[Array, Array, Array | None], chunk: tuple[Array, Array, Array]) -> Any:
+            total, d_kernel, d_bias = carry
             x_BCD, labels_BC, weights_BC = chunk
-            loss_BC, gradient = self._token_losses(_logits(x_BCD, kernel), labels_BC)
+            loss_BC, gradient = self._token_losses(_logits(x_BCD, kernel, bias_V), labels_BC)
             d_logits = (gradient * weights_BC[..., None]).astype(x_BSD.dtype).reshape(-1, V)
             d_kernel += jnp.dot(x_BCD.reshape(-1, D).T, d_logits, preferred_element_type=jnp.float32)
             d_x = jnp.dot(d_logits, kernel.T).reshape(x_BCD.shape)
-            return (total + jnp.sum(loss_BC * weights_BC), d_kernel), (loss_BC, d_x)
+            d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0, dtype=jnp.float32)
+            return (total + jnp.sum(loss_BC * weights_BC), d_kernel, d_bias), (loss_BC, d_x)
 
         chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], V)
-        start = (jnp.float32(0), jnp.zeros((D, V), jnp.float32))
-        (total, d_kernel), (per_token, d_x) = jax.lax.scan(one, start, _split((x_BSD, labels_BS, weights_BS), chunks))
-        return LossGradients(total, _join(per_token), _join(d_x), d_kernel)
+        no_bias = None if bias_V is None else jnp.zeros(V, jnp.float32)
+        start = (jnp.float32(0), jnp.zeros((D, V), jnp.float32), no_bias)
+        carry, (per_token, d_x) = jax.lax.scan(one, start, _split((x_BSD, labels_BS, weights_BS), chunks))
+        total, d_kernel, d_bias = carry
+        return LossGradients(total, _join(per_token), _join(d_x), d_kernel, d_bias)
 
     def _token_losses(self, logits: Array, labels: Array) -> tuple[Array, Array]:
         """logits fp32 [..., V], this device's columns -> (loss of each token [...], its gradient [..., V])."""
@@ -158,25 +167,35 @@ class LinearCrossEntropy:
 class LossComputation(Protocol):
     """What `fused_linear_cross_entropy` runs: `LinearCrossEntropy`, or one that divides it over a mesh. Hashable."""
 
-    def losses(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> FusedLoss:
+    def losses(
+        self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
+    ) -> FusedLoss:
         """See `LinearCrossEntropy.losses`."""
         ...
 
-    def with_gradients(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> LossGradients:
+    def with_gradients(
+        self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
+    ) -> LossGradients:
         """See `LinearCrossEntropy.with_gradients`."""
         ...
 
 
 def fused_linear_cross_entropy(
-    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, computation: LossComputation
+    x_BSD: Array,
+    kernel_DV: Array,
+    labels_BS: Array,
+    weights_BS: Array,
+    computation: LossComputation,
+    *,
+    bias_V: Array | None = None,
 ) -> FusedLoss:
-    """`sum(weights * cross_entropy(x @ kernel, labels))`, never holding all logits.
+    """`sum(weights * cross_entropy(x @ kernel + bias, labels))`, never holding all logits.
 
     The gradients are computed in the forward pass, while a chunk's logits exist, and only scaled in the backward one.
     That is why this function takes the weights and returns their sum. In fp16 the loss scale belongs into the weights:
     the gradient of a logit is rounded to x's dtype before the backward pass.
     """
-    losses: Any = _fused(x_BSD, kernel_DV, labels_BS, weights_BS.astype(jnp.float32), computation)
+    losses: Any = _fused(x_BSD, kernel_DV, bias_V, labels_BS, weights_BS.astype(jnp.float32), computation)
     return FusedLoss(losses[0], jax.lax.stop_gradient(losses[1]))
 
 
@@ -186,34 +205,48 @@ def num_chunks(B: int, S: int, V: int) -> int:
     return next((n for n in range(wanted, S) if S % n == 0), S) if wanted < S else S
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _fused(
-    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, computation: LossComputation
+    x_BSD: Array,
+    kernel_DV: Array,
+    bias_V: Array | None,
+    labels_BS: Array,
+    weights_BS: Array,
+    computation: LossComputation,
 ) -> tuple[Array, Array]:
-    weighted_sum, per_token = computation.losses(x_BSD, kernel_DV, labels_BS, weights_BS)
+    weighted_sum, per_token = computation.losses(x_BSD, kernel_DV, bias_V, labels_BS, weights_BS)
     return weighted_sum, per_token
 
 
 def _fused_forward(
-    x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array, computation: LossComputation
+    x_BSD: Array,
+    kernel_DV: Array,
+    bias_V: Array | None,
+    labels_BS: Array,
+    weights_BS: Array,
+    computation: LossComputation,
 ) -> Any:
-    total, per_token, d_x, d_kernel = computation.with_gradients(x_BSD, kernel_DV, labels_BS, weights_BS)
-    return (total, per_token), (d_x.astype(x_BSD.dtype), d_kernel.astype(kernel_DV.dtype), per_token)
+    found = computation.with_gradients(x_BSD, kernel_DV, bias_V, labels_BS, weights_BS)
+    d_bias = None if bias_V is None or found.d_bias is None else found.d_bias.astype(bias_V.dtype)
+    d_x, d_kernel = found.d_x.astype(x_BSD.dtype), found.d_kernel.astype(kernel_DV.dtype)
+    return (found.weighted_sum, found.per_token), (d_x, d_kernel, d_bias, found.per_token)
 
 
 def _fused_backward(computation: LossComputation, residuals: Any, cotangents: Any) -> Any:
     del computation
-    d_x, d_kernel, per_token = residuals
+    *gradients, per_token = residuals
     scale, _ = cotangents  # per_token is for reporting; its cotangent is zero
-    return (d_x * scale.astype(d_x.dtype), d_kernel * scale.astype(d_kernel.dtype), None, per_token * scale)
+    d_x, d_kernel, d_bias = (None if d is None else d * scale.astype(d.dtype) for d in gradients)
+    return d_x, d_kernel, d_bias, None, per_token * scale
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _logits(x_BCD: Array, kernel_DV: Array) -> Array:
+def _logits(x_BCD: Array, kernel_DV: Array, bias_V: Array | None) -> Array:
     flat = x_BCD.reshape(-1, x_BCD.shape[-1])
     logits = jnp.dot(flat, kernel_DV, preferred_element_type=jnp.float32)
+    logits = logits if bias_V is None else logits + bias_V.astype(jnp.float32)
     return logits.reshape(*x_BCD.shape[:-1], kernel_DV.shape[-1])
 
 

@@ -89,6 +89,11 @@ def context_parallel_attention(
     layout.check(q_BSNK, k_BTGK, zigzag)
     if layout.cp > 1 and comm == "a2a":
         raise ConfigError(f"cp_comm_type='a2a' leaves nothing to divide over {CP}={layout.cp}; use 'a2a+p2p'")
+    if mask.bias is not None:
+        raise ConfigError(
+            "a relative position bias is not possible with context_parallel_size > 1; set it to 1, or use"
+            " position_embedding_type='rope'"
+        )
     ring = comm in ("p2p", "a2a+p2p") and layout.cp > 1
     zigzag = zigzag and layout.cp > 1
     kept_BNST = None

@@ -178,30 +178,34 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 @dataclasses.dataclass(frozen=True)
 class VocabParallelCrossEntropy:
-    """`LinearCrossEntropy` over the mesh: x as the residual stream lies, kernel [D, V] as the table says."""
+    """`LinearCrossEntropy` over the mesh: x as the residual stream lies, kernel [D, V] and bias [V] by the table."""
 
     options: CrossEntropyOptions
     layout: VocabLayout
 
-    def losses(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> FusedLoss:
+    def losses(
+        self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
+    ) -> FusedLoss:
         """See `LinearCrossEntropy.losses`."""
 
-        def local(x: Array, kernel: Array, labels: Array, weights: Array) -> Any:
+        def local(x: Array, kernel: Array, bias: Array | None, labels: Array, weights: Array) -> Any:
             x, kernel = self._gathered(x, kernel)
-            total, per_token = self._compute.losses(x, kernel, labels, weights)
+            total, per_token = self._compute.losses(x, kernel, bias, labels, weights)
             return self._summed_over_tokens(total), per_token
 
         layout = self.layout
         region = layout.region(local, self._in_specs, (PartitionSpec(), layout.spec(layout.batch, layout.seq)))
-        return FusedLoss(*region(x_BSD, kernel_DV, labels_BS, weights_BS))
+        return FusedLoss(*region(x_BSD, kernel_DV, bias_V, labels_BS, weights_BS))
 
-    def with_gradients(self, x_BSD: Array, kernel_DV: Array, labels_BS: Array, weights_BS: Array) -> LossGradients:
+    def with_gradients(
+        self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
+    ) -> LossGradients:
         """See `LinearCrossEntropy.with_gradients`."""
         layout = self.layout
 
-        def local(x: Array, kernel: Array, labels: Array, weights: Array) -> Any:
+        def local(x: Array, kernel: Array, bias: Array | None, labels: Array, weights: Array) -> Any:
             x, kernel = self._gathered(x, kernel)
-            total, per_token, d_x, d_kernel = self._compute.with_gradients(x, kernel, labels, weights)
+            total, per_token, d_x, d_kernel, d_bias = self._compute.with_gradients(x, kernel, bias, labels, weights)
             # fp32: it is a sum over the vocabulary's shards, and XLA:CPU cannot sum bf16 in a nested manual region.
             d_x = d_x.astype(jnp.float32)
             scattered = layout.sequence_parallel
@@ -209,11 +213,13 @@ class VocabParallelCrossEntropy:
             d_x = jax.lax.psum(d_x, rest) if rest else d_x
             if scattered:
                 d_x = jax.lax.psum_scatter(d_x, scattered, scatter_dimension=1, tiled=True)
-            return self._summed_over_tokens(total), per_token, d_x, layout.summed(d_kernel, dim=0)
+            d_bias = None if d_bias is None else self._summed_over_tokens(d_bias)
+            return self._summed_over_tokens(total), per_token, d_x, layout.summed(d_kernel, dim=0), d_bias
 
         in_specs = self._in_specs
-        out_specs = (PartitionSpec(), layout.spec(layout.batch, layout.seq), in_specs[0], in_specs[1])
-        return LossGradients(*layout.region(local, in_specs, out_specs)(x_BSD, kernel_DV, labels_BS, weights_BS))
+        out_specs = (PartitionSpec(), layout.spec(layout.batch, layout.seq), *in_specs[:3])
+        region = layout.region(local, in_specs, out_specs)
+        return LossGradients(*region(x_BSD, kernel_DV, bias_V, labels_BS, weights_BS))
 
     @property
     def _compute(self) -> LinearCrossEntropy:
@@ -224,7 +230,7 @@ class VocabParallelCrossEntropy:
         layout = self.layout
         tokens = layout.spec(layout.batch, layout.seq)
         residual = layout.spec(layout.batch, layout.residual_seq, ())
-        return residual, layout.spec(layout.embed, layout.vocab), tokens, tokens
+        return residual, layout.spec(layout.embed, layout.vocab), layout.spec(layout.vocab), tokens, tokens
 
     def _gathered(self, x: Array, kernel: Array) -> tuple[Array, Array]:
         if self.layout.sequence_parallel:

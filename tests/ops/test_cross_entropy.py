@@ -107,3 +107,21 @@ def test_fused_loss_reports_every_token() -> None:
     fused = fused_linear_cross_entropy(x, kernel, labels, jnp.ones((1, 5)), LinearCrossEntropy(CrossEntropyOptions(9)))
     np.testing.assert_allclose(fused.per_token, cross_entropy(x @ kernel, labels, CrossEntropyOptions(9)), rtol=1e-5)
     np.testing.assert_allclose(fused.weighted_sum, fused.per_token.sum(), rtol=1e-6)
+
+
+def test_bias_of_the_fused_loss_equals_the_plain_one() -> None:
+    key = jax.random.split(jax.random.key(3), 4)
+    x, kernel = jax.random.normal(key[0], (2, 6, 8)), jax.random.normal(key[1], (8, 12))
+    bias, weights = jax.random.normal(key[2], (12,)), jax.random.uniform(key[3], (2, 6))
+    labels, options = jnp.arange(12).reshape(2, 6) % 11, CrossEntropyOptions(11)
+
+    def plain(x: Any, kernel: Any, bias: Any) -> Any:
+        return jnp.sum(weights * cross_entropy(x @ kernel + bias, labels, options))
+
+    def fused(x: Any, kernel: Any, bias: Any) -> Any:
+        computation = LinearCrossEntropy(options)
+        return fused_linear_cross_entropy(x, kernel, labels, weights, computation, bias_V=bias).weighted_sum
+
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(x, kernel, bias)
+    got = jax.value_and_grad(fused, argnums=(0, 1, 2))(x, kernel, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, expected)

@@ -36,12 +36,14 @@ class Embedding(nn.Module):
 
 
 class LanguageModelEmbedding(nn.Module):
-    """Word embedding, plus learned positions when `position_embedding_type` is "learned_absolute", then dropout.
+    """Word embedding, plus learned positions when `position_embedding_type` is "learned_absolute", plus token types if
+    there are any, then dropout.
 
     Megatron: `core/models/common/embeddings/language_model_embedding.py`.
     """
 
     config: TransformerConfig
+    num_tokentypes: int = 0
 
     def setup(self) -> None:
         cfg = self.config
@@ -52,10 +54,17 @@ class LanguageModelEmbedding(nn.Module):
             if cfg.max_sequence_length is None:
                 raise ConfigError("max_sequence_length=None; learned positions need the longest sequence")
             self.position_embeddings = Embedding(cfg.max_sequence_length, hidden, "positions", std, dtype)
+        if self.num_tokentypes:
+            self.tokentype_embeddings = Embedding(self.num_tokentypes, hidden, "positions", std, dtype)
         self.dropout = nn.Dropout(cfg.hidden_dropout)
 
-    def __call__(self, tokens: Array, position_ids: Array, *, deterministic: bool = True) -> Array:
-        """tokens int [B, S], position_ids int [B or 1, S] -> [B, S, D] in the dtype of the residual stream."""
+    def __call__(
+        self, tokens: Array, position_ids: Array, *, tokentype_ids: Array | None = None, deterministic: bool = True
+    ) -> Array:
+        """tokens int [B, S], position_ids int [B or 1, S] -> [B, S, D] in the dtype of the residual stream.
+
+        tokentype_ids: int [B, S]; default: all of type 0.
+        """
         cfg = self.config
         x_BSD = self.word_embeddings(tokens)
         if cfg.position_embedding_type == "learned_absolute":
@@ -65,6 +74,10 @@ class LanguageModelEmbedding(nn.Module):
                     " number of learned positions; raise it or shorten the sequence"
                 )
             x_BSD = x_BSD + self.position_embeddings(position_ids)
+        if self.num_tokentypes:
+            x_BSD = x_BSD + self.tokentype_embeddings(
+                jnp.zeros_like(tokens) if tokentype_ids is None else tokentype_ids
+            )
         x_BSD = x_BSD.astype(jnp.dtype("float32" if cfg.fp32_residual_connection else cfg.compute_dtype))
         x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")
         return self.dropout(x_BSD, deterministic=deterministic)

@@ -15,7 +15,7 @@ from megajax.ops.cross_entropy import (
 )
 from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.parallel.vocab import loss_computation, rows_here
-from megajax.transformer.linear import init_std, normal_init
+from megajax.transformer.linear import init_std, normal_init, zeros_init
 
 Array = jax.Array
 
@@ -36,17 +36,34 @@ class OutputLayer(nn.Module):
         return self.kernel
 
 
+class OutputBias(nn.Module):
+    """A bias [V] of the logits. Megatron: the bias of `output_layer`."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        rows, dtype = rows_here(self.config.padded_vocab_size), jnp.dtype(self.config.params_dtype)
+        self.bias = self.param("bias", zeros_init(("vocab",)), (rows,), dtype)
+
+    def __call__(self) -> Array:
+        """The bias."""
+        return self.bias
+
+
 def loss_options(config: TransformerConfig) -> CrossEntropyOptions:
     """What the loss of a language model is made of."""
     assert config.vocab_size is not None
     return CrossEntropyOptions(config.vocab_size, config.label_smoothing, config.z_loss_coeff)
 
 
-def language_model_logits(hidden_BSD: Array, kernel_DV: Array, config: TransformerConfig) -> Array:
+def language_model_logits(
+    hidden_BSD: Array, kernel_DV: Array, config: TransformerConfig, bias_V: Array | None = None
+) -> Array:
     """hidden [B, S, D] -> fp32 logits [B, S, vocab_size]; padding rows of the table are cut off."""
     hidden_BSD = constrain(hidden_BSD, "batch", "seq", "act_embed")
     flat = merge_tokens(hidden_BSD)
     logits = jnp.dot(flat, kernel_DV.astype(flat.dtype), preferred_element_type=jnp.float32)
+    logits = logits if bias_V is None else logits + bias_V.astype(jnp.float32)
     logits = constrain(logits.reshape(*hidden_BSD.shape[:-1], -1), "batch", "seq", "act_vocab")
     return logits[..., : config.vocab_size]
 
@@ -60,7 +77,13 @@ def language_model_loss(logits: Array, labels: Array, config: TransformerConfig)
 
 
 def language_model_loss_sum(
-    hidden_BSD: Array, kernel_DV: Array, labels: Array, weights: Array, config: TransformerConfig
+    hidden_BSD: Array,
+    kernel_DV: Array,
+    labels: Array,
+    weights: Array,
+    config: TransformerConfig,
+    bias_V: Array | None = None,
 ) -> FusedLoss:
     """The weighted sum of the token losses, without ever holding all logits: what a trainer differentiates."""
-    return fused_linear_cross_entropy(hidden_BSD, kernel_DV, labels, weights, loss_computation(loss_options(config)))
+    computation = loss_computation(loss_options(config))
+    return fused_linear_cross_entropy(hidden_BSD, kernel_DV, labels, weights, computation, bias_V=bias_V)
