@@ -304,6 +304,11 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
         return dataclasses.replace(self, **changes)
 
     @property
+    def frozen_parameters(self) -> tuple[str, ...]:
+        """Names at the top of the parameter tree below which training changes nothing."""
+        return ()
+
+    @property
     def draws_noise(self) -> bool:
         """Whether training depends on random numbers beside the first weights."""
         return max(self.hidden_dropout, self.attention_dropout, self.moe_input_jitter_eps or 0.0) > 0

@@ -64,13 +64,13 @@ MAX_FUNCTION_LINES, WISHED_FUNCTION_LINES = 100, 60
 
 # Where a family may be called by its name, beside the registry and interop/, whose adapters are each for one family.
 FAMILY_HOMES = {
-    "gpt": ("models/gpt/",),
+    "gpt": ("models/gpt/", "models/multimodal/"),  # the language model that sees is one of these, too
     "bert": ("models/bert/",),
     "t5": ("models/t5/",),
     "mamba": ("models/mamba/", "ssm/"),  # the mixer bears the name of its paper
     "llava": ("models/multimodal/",),
-    "clip": ("models/vision/",),
-    "radio": ("models/vision/",),
+    "clip": ("models/vision/", "models/multimodal/"),
+    "radio": ("models/vision/", "models/multimodal/"),
     "retro": ("models/retro/",),
 }
 REGISTRY = "models/registry.py"
@@ -205,7 +205,7 @@ def test_does_not_import_flax(package: str) -> None:
     fail_with(faults, f"{package}/ is pure JAX or plain Python")
 
 
-IMPORT_NAMES = {"orbax-checkpoint": "orbax", "absl-py": "absl", "ml-dtypes": "ml_dtypes"}
+IMPORT_NAMES = {"orbax-checkpoint": "orbax", "absl-py": "absl", "ml-dtypes": "ml_dtypes", "scikit-learn": "sklearn"}
 
 
 def _distributions(requirements: list[str]) -> set[str]:

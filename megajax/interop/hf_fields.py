@@ -74,6 +74,10 @@ class Fields:
         self._left = dict(values)
         self._defaults = defaults
 
+    def set_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Changes what fields that the file leaves out are: only its content says which architecture it is for."""
+        self._defaults = defaults
+
     def take(self, name: str) -> Any:
         """The field, or the architecture's default for one that the file leaves out."""
         if name in self._left:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from megajax.models.family import Family
 from megajax.models.gpt.gpt_family import GPT
+from megajax.models.multimodal.llava_family import LLAVA
 from megajax.models.vision.clip_family import CLIP
 from megajax.models.vision.radio_family import RADIO
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT, CLIP, RADIO)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT, CLIP, RADIO, LLAVA)}

@@ -59,7 +59,12 @@ def draw_up(config: Config, family: Family, mesh: Mesh | AbstractMesh) -> Bluepr
         sharding.partition_specs(boxed, rules.optimizer_table, mesh)
     refuse_accidental_copies(boxed, rules, config.parallel, mesh)
     param_axes = sharding.logical_axes(boxed)
-    optimizer = make_optimizer(config.optimizer, param_axes, bias_update_rate=config.model.moe_router_bias_update_rate)
+    optimizer = make_optimizer(
+        config.optimizer,
+        param_axes,
+        bias_update_rate=config.model.moe_router_bias_update_rate,
+        frozen=config.model.frozen_parameters,
+    )
 
     def create() -> TrainState:
         return create_state(model, family, config, optimizer, seed=config.train.seed, place=stages.place)

@@ -17,7 +17,7 @@ never of the number of dimensions: a norm's scale that is stacked over layers is
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -39,7 +39,7 @@ _EMBEDDING_AND_OUTPUT = frozenset({"embedding", "output_layer"})
 
 
 def make_optimizer(
-    config: OptimizerConfig, logical_axes: Any, *, bias_update_rate: float = 0.0
+    config: OptimizerConfig, logical_axes: Any, *, bias_update_rate: float = 0.0, frozen: Sequence[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config.optimizer` names; all of its arithmetic and state is float32.
 
@@ -56,16 +56,24 @@ def make_optimizer(
     Args:
       logical_axes: a tree like the parameters with tuples of axis names as leaves.
       bias_update_rate: step of the biases that balance experts (`balance_experts`); they have no other part in this.
+      frozen: names at the top of the parameter tree below which nothing changes, and nothing is kept.
 
     Raises:
       ConfigError: the options of Muon contradict each other.
     """
-    balancing = _map_with_names(lambda path, axes: path[-1] == EXPERT_BIAS, logical_axes)
+
+
+    def role(path: tuple[str, ...], axes: Axes) -> str:
+        if path[0] in frozen:
+            return "frozen"
+        return "balanced" if path[-1] == EXPERT_BIAS else "trained"
+
+    roles = _map_with_names(role, logical_axes)
     optimizer = _make_optimizer(config, logical_axes)
-    if not any(jax.tree.leaves(balancing)):
+    if set(jax.tree.leaves(roles)) == {"trained"}:
         return optimizer
-    labels = _labels(balancing, "balanced", "trained")
-    return optax.partition({"balanced": balance_experts(bias_update_rate), "trained": optimizer}, labels)
+    parts = {"trained": optimizer, "balanced": balance_experts(bias_update_rate), "frozen": optax.set_to_zero()}
+    return optax.partition(parts, roles)
 
 
 def _make_optimizer(config: OptimizerConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
@@ -194,7 +202,7 @@ def _rank(axes: Axes) -> int:
     return sum(axis not in _STACKED_AXES for axis in axes)
 
 
-def _map_with_names(function: Callable[[tuple[str, ...], Axes], bool], logical_axes: Any) -> Any:
+def _map_with_names(function: Callable[[tuple[str, ...], Axes], Any], logical_axes: Any) -> Any:
     """Maps `function(path as names, axes)` over the tuples of a tree of logical axes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, axes: function(tuple(key.key for key in path), axes),

@@ -193,8 +193,9 @@ class GPTModel(nn.Module):
 
     def hidden_states(
         self,
-        tokens: Array,
+        tokens: Array | None,
         *,
+        decoder_input: Array | None = None,
         position_ids: Array | None = None,
         segment_ids: Array | None = None,
         attention_mask: Array | None = None,
@@ -204,11 +205,15 @@ class GPTModel(nn.Module):
     ) -> Array:
         """What the output layer reads, [B, S, D].
 
-        aux_weight: scalar that the losses of routers are multiplied by; None leaves them out. Other arguments as for
-        `__call__`.
+        decoder_input: embeddings [B, S, D] in place of those of `tokens`. aux_weight: scalar that the losses of routers
+        are multiplied by; None leaves them out. Other arguments as for `__call__`.
         """
-        position_ids = self.positions(tokens, position_ids, segment_ids, cache_position)
-        x_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
+        sequence = decoder_input if tokens is None else tokens
+        assert sequence is not None
+        position_ids = self.positions(sequence, position_ids, segment_ids, cache_position)
+        x_BSD = decoder_input
+        if x_BSD is None:
+            x_BSD = self.embedding(sequence, position_ids, deterministic=deterministic)
         inputs = self.layer_inputs(position_ids, segment_ids, attention_mask, cache_position, aux_weight)
         return self.decoder(x_BSD, inputs, decode=cache_position is not None, deterministic=deterministic)
 

@@ -36,11 +36,12 @@ DEFAULT = Config(
         ffn_hidden_size=192,
         img_h=8,
         img_w=8,
-        patch_dim=2,
+        patch_dim=4,
         ln_pre=True,
         ln_post="pooled",
         pooler="class_token",
         activation_func="quick_gelu",
+        init_method_std=0.1,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         text_num_layers=2,
@@ -57,7 +58,7 @@ DEFAULT = Config(
         weight_decay=0.1,
     ),
     data=DataConfig(seq_length=32),
-    train=TrainConfig(train_iters=600, micro_batch_size=64, eval_iters=2),
+    train=TrainConfig(train_iters=400, micro_batch_size=64, eval_iters=2),
 )
 
 

@@ -36,10 +36,11 @@ DEFAULT = Config(
         ffn_hidden_size=192,
         img_h=8,
         img_w=8,
-        patch_dim=2,
+        patch_dim=4,
         max_img_h=16,
         max_img_w=16,
         class_token_len=2,
+        init_method_std=0.1,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         num_classes=10,
@@ -53,8 +54,8 @@ DEFAULT = Config(
         adam_beta2=0.98,
         weight_decay=0.1,
     ),
-    data=DataConfig(seq_length=18),
-    train=TrainConfig(train_iters=800, micro_batch_size=64, eval_iters=2),
+    data=DataConfig(seq_length=6),
+    train=TrainConfig(train_iters=500, micro_batch_size=64, eval_iters=2),
 )
 """RADIO is distilled from teachers whose weights nobody can carry along; the default trains the same tower, with its
 cropped position embedding, to say which digit an image shows, by a linear head on its summary."""

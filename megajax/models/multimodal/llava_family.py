@@ -1,0 +1,218 @@
+"""The registry record of LLaVA."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
+from megajax.models import language
+from megajax.models.family import Family, Finished
+from megajax.models.multimodal import llava_data
+from megajax.models.multimodal.llava_config import LLaVAConfig
+from megajax.models.multimodal.llava_presets import PRESETS
+from megajax.models.vision import vision_data
+from megajax.models.vision.vision_flops import tower_flops
+
+if TYPE_CHECKING:
+    import jax
+    from flax import linen as nn
+
+    from megajax.backends import BackendSpecProvider
+    from megajax.data.build import Datasets
+    from megajax.data.tokenizers import Tokenizer
+    from megajax.interop.hf_architecture import Architecture
+    from megajax.models.family import Batch, MegatronWeights
+    from megajax.ops.cross_entropy import FusedLoss
+
+DEFAULT = Config(
+    model_family="llava",
+    model=LLaVAConfig(
+        num_layers=2,
+        hidden_size=96,
+        num_attention_heads=4,
+        ffn_hidden_size=192,
+        make_vocab_size_divisible_by=128,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func="silu",
+        add_bias_linear=False,
+        init_method_std=0.1,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        img_h=8,
+        img_w=8,
+        patch_dim=4,
+        vision_num_layers=2,
+        vision_hidden_size=96,
+        vision_num_attention_heads=4,
+        vision_ffn_hidden_size=192,
+        drop_vision_class_token=True,
+    ),
+    optimizer=OptimizerConfig(
+        optimizer="adam",
+        lr=2e-3,
+        min_lr=1e-5,
+        lr_decay_style="cosine",
+        lr_warmup_fraction=0.1,
+        adam_beta2=0.98,
+        weight_decay=0.1,
+    ),
+    data=DataConfig(seq_length=32),
+    train=TrainConfig(train_iters=500, micro_batch_size=32, eval_iters=4),
+)
+
+
+def build_model(config: LLaVAConfig, backend: BackendSpecProvider) -> nn.Module:
+    """A `LLaVAModel` of layers from `backend`."""
+    from megajax.models.multimodal.llava_model import LLaVAModel
+
+    return LLaVAModel(config, backend=backend)
+
+
+def loss(
+    model: nn.Module, params: Any, batch: Batch, weights: jax.Array, *, dropout_key: jax.Array | None
+) -> FusedLoss:
+    """Cross entropy of the text; frozen parts have no gradient. See `megajax.models.family.LossFn`."""
+    import jax
+
+    config = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    frozen = {name: jax.lax.stop_gradient(params[name]) for name in config.frozen_parameters}
+    return model.apply(  # type: ignore[return-value]
+        {"params": {**params, **frozen}},
+        batch["images"],
+        batch["tokens"],
+        batch["labels"],
+        weights,
+        segment_ids=batch.get("segment_ids"),
+        num_image_tiles=batch.get("num_image_tiles"),
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="loss_sum",
+    )
+
+
+def fit(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with the vocabulary and the positions that the questions need."""
+    model = config.model
+    assert isinstance(model, LLaVAConfig)
+    vision_data.refuse_text(config)
+    size = config.parallel.context_parallel_size
+    if size > 1:
+        raise ConfigError(
+            f"context_parallel_size={size}: --model {config.model_family} does not divide its sequences; set it to 1"
+        )
+    frozen = model.frozen_parameters
+    if len(frozen) == 3:
+        raise ConfigError(f"freeze_{', freeze_'.join(frozen)}: nothing is left to train; drop one")
+    config = dataclasses.replace(config, model=language.fit_vocabulary(config, tokenizer))
+    return dataclasses.replace(config, model=language.fit_positions(config, config.model))
+
+
+def example_inputs(config: LLaVAConfig, batch: int, seq_length: int) -> tuple[Any, ...]:
+    """Images and tokens to initialise with."""
+    import jax.numpy as jnp
+
+    images = jnp.zeros((batch, config.vision_num_channels, config.img_h, config.img_w))
+    return images, jnp.zeros((batch, seq_length), jnp.int32)
+
+
+def flops(config: LLaVAConfig, *, batch_size: int, seq_length: int) -> int:
+    """Model FLOPs of a training step with one tile a sample; seq_length: what the language model sees."""
+    tower, projection = config.vision_config, config.projection_config
+    of_images = tower_flops(tower, tower.num_image_tokens, num_layers=config.vision_layers_used)
+    of_images += 6 * tower.num_patches * tower.patch_features * tower.hidden_size
+    width = tower.hidden_size * (4 if config.pixel_shuffle else 1)
+    assert projection.ffn_hidden_size is not None
+    if config.vision_projection_type == "mlp":
+        width = projection.ffn_hidden_size * (width * (2 if projection.gated_linear_unit else 1) + config.hidden_size)
+    else:
+        width *= config.hidden_size
+    of_images += 6 * config.img_seq_len * width
+    return batch_size * of_images + language.flops(config.language_config, batch_size=batch_size, seq_length=seq_length)
+
+
+def baseline(config: Config, datasets: Datasets) -> tuple[str, float]:
+    """What a model loses that knows the answers but does not look."""
+    del config, datasets
+    tokens = sum(len(word) + 1 for word in vision_data.DIGIT_WORDS) / len(vision_data.DIGIT_WORDS)
+    return "guessing a digit, spelled in bytes", math.log(len(vision_data.DIGIT_WORDS)) / tokens
+
+
+def epilogue(finished: Finished) -> Iterable[str]:
+    """How many digits never seen before are read right, to the letter."""
+    import jax
+    import numpy as np
+
+    from megajax.models.multimodal.llava_model import LLaVAModel
+
+    config, model = finished.config, finished.model
+    assert isinstance(config.model, LLaVAConfig) and isinstance(model, LLaVAModel)
+    slots = config.data.seq_length
+    words = vision_data.DIGIT_WORDS
+    texts = [llava_data.question_and_answer(config.model, finished.tokenizer, word, slots) for word in words]
+    digits = vision_data.load_digits().test
+    images = vision_data.at_size(digits.images, config.model.img_h, config.model.img_w)[:, None]
+    tokens, labels, masks = (np.stack([text[i] for text in texts])[digits.labels] for i in range(3))
+
+    @jax.jit
+    def chosen(params: Any) -> Any:
+        # Greedy decoding gives just the answer if, and only if, each of its tokens is the likeliest after the others.
+        logits = model.apply({"params": params}, images, tokens, sequence_length=slots)
+        return logits.argmax(axis=-1)  # type: ignore[union-attr]
+
+    right = np.asarray(chosen(finished.params)) == _shifted_labels(labels, masks.shape[1])
+    exact = np.mean(np.all(right | (masks == 0), axis=1))
+    question = llava_data.QUESTION.strip()
+    yield f"exact answers to {question!r}: {exact:.1%} of {len(images)} held-out digits; chance is 10%"
+
+
+def _shifted_labels(labels: Any, slots: int) -> Any:
+    """labels [B, T], whose images all stand in front, as what the last slots of [B, slots] predict."""
+    import numpy as np
+
+    return np.pad(labels, ((0, 0), (slots - labels.shape[1], 0)), mode="edge")
+
+
+def hf() -> tuple[Architecture, ...]:
+    """LLaVA 1.5 and its like."""
+    from megajax.models.multimodal.llava_hf import LLAVA_HF
+
+    return (LLAVA_HF,)
+
+
+def megatron() -> MegatronWeights:
+    """Megatron's names of the weights."""
+    from megajax.models.multimodal.llava_megatron import MEGATRON
+
+    return MEGATRON
+
+
+LLAVA = Family(
+    name="llava",
+    config_type=LLaVAConfig,
+    default=DEFAULT,
+    presets=PRESETS,
+    build_model=build_model,
+    loss=loss,
+    example_inputs=example_inputs,
+    fit=fit,
+    datasets=llava_data.samples,
+    default_data="scikit-learn's handwritten digits, with questions",
+    batch_axes={
+        "images": ("batch", None, None, None, None),
+        "tokens": ("batch", None),
+        "labels": ("batch", None),
+        "segment_ids": ("batch", None),
+        "num_image_tiles": ("batch", None),
+    },
+    flops=flops,
+    baseline=baseline,
+    epilogue=epilogue,
+    hf=hf,
+    megatron=megatron,
+)

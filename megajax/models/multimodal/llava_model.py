@@ -1,0 +1,284 @@
+"""LLaVAModel: a vision tower, a projection, and a language model that reads text with images in it."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, T tokens of the text, N tiles, C channels, H height, W width, S slots that the language model sees, P tokens
+# of a tile, E features of the tower, D hidden, V vocabulary
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from megajax.backends import BackendSpecProvider, LocalSpecProvider
+from megajax.config import ConfigError
+from megajax.models.common.embeddings.positions import packed_positions
+from megajax.models.common.language_module.language_module import (
+    language_model_logits,
+    language_model_loss,
+    language_model_loss_sum,
+)
+from megajax.models.gpt.gpt_model import GPTModel
+from megajax.models.multimodal.llava_config import LLaVAConfig
+from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
+from megajax.models.vision.multimodal_projector import get_projector_spec
+from megajax.models.vision.radio import RADIOModel
+from megajax.models.vision.radio_config import RADIOConfig
+from megajax.ops.cross_entropy import FusedLoss
+from megajax.ops.images import pixel_shuffle
+from megajax.ops.multimodal import (
+    IGNORE_INDEX,
+    Merge,
+    merge,
+    merged_embeddings,
+    merged_labels,
+    merged_loss_mask,
+)
+from megajax.parallel.sharding import constrain, residual_stream_of
+from megajax.spec import Builder
+
+__all__ = ["DEFAULT_IMAGE_TOKEN_INDEX", "IGNORE_INDEX", "IMAGE_TOKEN", "LLaVAModel"]
+
+Array = jax.Array
+
+DEFAULT_IMAGE_TOKEN_INDEX = -200
+IMAGE_TOKEN = "<image>"
+
+
+class LLaVAModel(nn.Module):
+    """A language model that sees (arXiv:2304.08485). Megatron: `core/models/multimodal/llava_model.py`.
+
+    Attributes:
+      language_model_spec: builder, called with `config` (a `TransformerConfig`) and `backend`, of any language model
+        that has `embed`, `embedding`, `hidden_states(decoder_input=...)` and `output_weight()` as `GPTModel` does; None
+        is that.
+      vision_model_spec: builder, called with `config` and `backend`, of a tower that is called as
+        `CLIPVisionTransformer`; None is what `vision_model_type` says.
+      backend: supplies layers.
+
+    Example:
+      >>> logits = model.apply(variables, images, tokens)  # [B, S, V]
+    """
+
+    config: LLaVAConfig
+    language_model_spec: Builder | None = None
+    vision_model_spec: Builder | None = None
+    backend: BackendSpecProvider = LocalSpecProvider()
+
+    @nn.nowrap
+    def build_tower(self) -> Any:
+        """The vision tower, without parameters."""
+        tower = self.config.vision_config
+        by_type = RADIOModel if isinstance(tower, RADIOConfig) else CLIPVisionTransformer
+        return (self.vision_model_spec or by_type)(config=tower, backend=self.backend)
+
+    @nn.nowrap
+    def build_language_model(self) -> Any:
+        """The language model, without parameters."""
+        return (self.language_model_spec or GPTModel)(config=self.config.language_config, backend=self.backend)
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.vision_model = self.build_tower()
+        has_norm = cfg.projection_normalization != "none"
+        norm = self.backend.layer_norm(cfg.projection_config) if has_norm else None
+        projection = get_projector_spec(self.backend, norm)
+        self.vision_projection = projection(config=cfg.projection_config, projector_type=cfg.vision_projection_type)
+        self.language_model = self.build_language_model()
+
+    def __call__(
+        self,
+        images: Array | None,
+        tokens: Array,
+        *,
+        position_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        segment_ids: Array | None = None,
+        labels: Array | None = None,
+        loss_mask: Array | None = None,
+        num_image_tiles: Array | None = None,
+        sequence_length: int | None = None,
+        cache_position: Array | int | None = None,
+        deterministic: bool = True,
+    ) -> Any:
+        """Logits fp32 [B, S, V]; with labels (loss of each slot fp32 [B, S], its loss mask fp32 [B, S]).
+
+        The text says with `image_token_index` where images go, in their order. S is the longest sample, images put in,
+        and no longer than `max_sequence_length`.
+
+        Args:
+          images: [N, C, H, W], the tiles of all images of the batch, in the order of the text; or [B, N, C, H, W],
+            those of each sample, filled up with any; or None.
+          tokens: int [B, T].
+          position_ids: int [B, T], for learned positions, where an image counts as one.
+          attention_mask: bool, True = attend, on top of causality: [B, T], or broadcastable to [B, 1, S, S].
+          segment_ids: int [B, T]: the document of each token of a packed row.
+          labels: int [B, T], the next token of each. Slots that have none get -100 and a loss that means nothing.
+          loss_mask: fp32 [B, T], default: all of the text.
+          num_image_tiles: int, tiles of each image, in the order of the text: [number of images], or [B, images of a
+            sample]; default: one each.
+          sequence_length: S. Needed in a program that is traced with `tokens`, if `max_sequence_length` is not meant.
+          cache_position: index of slot 0 in a "cache" collection; see `megajax.inference`.
+          deterministic: False draws dropout from the "dropout" rng.
+        """
+        if labels is not None and loss_mask is None:
+            loss_mask = jnp.ones(tokens.shape, jnp.float32)
+        slots, x_BSD, inputs = self._merged(
+            images, tokens, num_image_tiles, sequence_length, position_ids, attention_mask, segment_ids, deterministic
+        )
+        aux_weight = None if labels is None else jnp.float32(1)
+        hidden_BSD = self.language_model.hidden_states(
+            None, decoder_input=x_BSD, cache_position=cache_position, aux_weight=aux_weight, **inputs
+        )
+        cfg = self.config.language_config
+        logits = language_model_logits(hidden_BSD, self.language_model.output_weight(), cfg)
+        if labels is None:
+            return logits
+        assert loss_mask is not None
+        return language_model_loss(logits, self._labels(slots, labels), cfg), self._loss_mask(slots, loss_mask)
+
+    def loss_sum(
+        self,
+        images: Array,
+        tokens: Array,
+        labels: Array,
+        weights: Array,
+        *,
+        position_ids: Array | None = None,
+        segment_ids: Array | None = None,
+        num_image_tiles: Array | None = None,
+        deterministic: bool = True,
+    ) -> FusedLoss:
+        """`sum(weights * loss of each slot)` for training, in less memory than `__call__`.
+
+        weights: fp32 [B, S], of every slot; those that cannot predict count nothing, whatever their weight. Other
+        arguments as for `__call__`.
+        """
+        slots, x_BSD, inputs = self._merged(
+            images, tokens, num_image_tiles, weights.shape[1], position_ids, None, segment_ids, deterministic
+        )
+        weights = weights * self._loss_mask(slots, jnp.ones(tokens.shape, jnp.float32))
+        hidden_BSD = self.language_model.hidden_states(None, decoder_input=x_BSD, aux_weight=weights.sum(), **inputs)
+        cfg = self.config.language_config
+        return language_model_loss_sum(
+            hidden_BSD, self.language_model.output_weight(), self._labels(slots, labels), weights, cfg
+        )
+
+    def encode_images(self, images: Array, *, deterministic: bool = True) -> Array:
+        """Tiles [N, C, H, W] -> embeddings [N, P, D] as the language model sees them, without tags."""
+        cfg = self.config
+        x_NPE = self.vision_model(images, num_layers=cfg.vision_layers_used, deterministic=deterministic)
+        if cfg.drop_vision_class_token:
+            x_NPE = x_NPE[:, cfg.vision_config.class_token_len :]
+        if cfg.pixel_shuffle:
+            x_NPE = pixel_shuffle(x_NPE)
+        with residual_stream_of(x_NPE.shape[1], whole=True):
+            return self.vision_projection(x_NPE)
+
+    def _merged(
+        self,
+        images: Array | None,
+        tokens: Array,
+        num_image_tiles: Array | None,
+        sequence_length: int | None,
+        position_ids: Array | None,
+        attention_mask: Array | None,
+        segment_ids: Array | None,
+        deterministic: bool,
+    ) -> tuple[Merge, Array, dict[str, Any]]:
+        """(where everything goes, the embeddings [B, S, D], further arguments of the language model)."""
+        cfg = self.config
+        if images is not None and images.shape[0] == 0:
+            images = None
+        length = sequence_length or self._length(tokens, images, num_image_tiles)
+        tokens = jnp.asarray(tokens)
+        is_placeholder = tokens == cfg.image_token_index
+        tiles = _tiles_of_tokens(jnp, is_placeholder, images, num_image_tiles)
+        spans = jnp.ones_like(tiles) if cfg.image_placeholders == "each" else tiles * cfg.img_seq_len
+        slots = merge(is_placeholder, spans, length, rows_by_sample=images is not None and images.ndim == 5)
+
+        if position_ids is None:
+            position_ids = jnp.arange(tokens.shape[1])[None] if segment_ids is None else packed_positions(segment_ids)
+        with residual_stream_of(tokens.shape[1], whole=True):
+            ids = jnp.where(is_placeholder, 0, tokens)
+            x_BTD = self.language_model.embed(ids, position_ids, deterministic=deterministic)
+        embeddings = self._image_embeddings(images, num_image_tiles, deterministic, x_BTD)
+        x_BSD = constrain(merged_embeddings(slots, x_BTD, embeddings), "batch", "residual_seq", "act_embed")
+
+        inputs: dict[str, Any] = {"deterministic": deterministic}
+        if segment_ids is not None:
+            segments = jnp.take_along_axis(segment_ids, slots.token, axis=1)
+            inputs |= {"segment_ids": segments, "position_ids": packed_positions(segments)}
+        if attention_mask is not None:
+            by_token = attention_mask.ndim == 2
+            inputs["attention_mask"] = (
+                jnp.take_along_axis(attention_mask, slots.token, axis=1) if by_token else attention_mask
+            )
+        return slots, x_BSD, inputs
+
+    def _image_embeddings(
+        self, images: Array | None, num_image_tiles: Array | None, deterministic: bool, like: Array
+    ) -> Array:
+        """Embeddings of all tiles, one after the other: [R, D], or [B, R, D] where tiles come by sample."""
+        cfg = self.config
+        if images is None:
+            if self.is_initializing():  # the parameters do not depend on whether the first text has an image
+                tower = cfg.vision_config
+                self.encode_images(jnp.zeros((1, tower.num_channels, tower.img_h, tower.img_w)))
+            return jnp.zeros((1, like.shape[-1]), like.dtype)
+        tiles = images.reshape(-1, *images.shape[-3:])
+        tiles = constrain(tiles, "batch", None, None, None) if images.ndim == 5 else tiles
+        x_NPD = self.encode_images(tiles, deterministic=deterministic)
+        if cfg.tile_tags is not None:
+            x_NPD = jnp.concatenate([self._tags(images, num_image_tiles).astype(x_NPD.dtype), x_NPD], axis=1)
+        return x_NPD.reshape(*(images.shape[:1] if images.ndim == 5 else ()), -1, x_NPD.shape[-1])
+
+    def _tags(self, images: Array, num_image_tiles: Array | None) -> Array:
+        """Embeddings of the words that number each tile, [N, words, D]."""
+        table = jnp.asarray(self.config.tile_tags)
+        groups = 1 if images.ndim == 4 else images.shape[0]
+        count = images.shape[0] if images.ndim == 4 else images.shape[1]
+        tiles = jnp.ones((groups, count), jnp.int32) if num_image_tiles is None else num_image_tiles
+        ends = jnp.cumsum(jnp.asarray(tiles).reshape(groups, -1), axis=1)
+        index = jnp.arange(count)
+        image = jnp.minimum(jnp.sum(ends[:, None, :] <= index[:, None], axis=-1), ends.shape[1] - 1)
+        end = jnp.take_along_axis(ends, image, axis=1)
+        first = end - jnp.take_along_axis(jnp.asarray(tiles).reshape(groups, -1), image, axis=1)
+        number = jnp.where(index == end - 1, len(table) - 1, jnp.minimum(index - first, len(table) - 1))
+        with residual_stream_of(table.shape[1], whole=True):
+            return self.language_model.embedding.word_embeddings(table[number.reshape(-1)])
+
+    def _length(self, tokens: Any, images: Array | None, num_image_tiles: Any) -> int:
+        """S, where nobody says it."""
+        cfg = self.config
+        if cfg.image_placeholders == "each" or self.is_initializing():
+            return tokens.shape[1]
+        if isinstance(tokens, jax.core.Tracer) or isinstance(num_image_tiles, jax.core.Tracer):
+            if cfg.max_sequence_length is None:
+                raise ConfigError("max_sequence_length=None; the length of traced text with images in it needs it")
+            return cfg.max_sequence_length
+        # In numpy, so that it is a number even where a program is being traced around it.
+        is_placeholder = np.asarray(tokens) == cfg.image_token_index
+        spans = np.where(is_placeholder, _tiles_of_tokens(np, is_placeholder, images, num_image_tiles), 1)
+        lengths = np.where(is_placeholder, spans * cfg.img_seq_len, 1).sum(axis=1)
+        return int(min(lengths.max(), cfg.max_sequence_length or lengths.max()))
+
+    def _labels(self, slots: Merge, labels: Array) -> Array:
+        # Where every slot has its own token, labels are the user's business, as in a model of text.
+        return labels if self.config.image_placeholders == "each" else merged_labels(slots, labels)
+
+    def _loss_mask(self, slots: Merge, loss_mask: Array) -> Array:
+        return loss_mask if self.config.image_placeholders == "each" else merged_loss_mask(slots, loss_mask)
+
+
+def _tiles_of_tokens(numpy: Any, is_placeholder: Any, images: Array | None, num_image_tiles: Any) -> Any:
+    """Tiles of the image that a token stands for, int [B, T]. numpy: `numpy` or `jax.numpy`, which computes."""
+    if num_image_tiles is None or images is None:
+        return is_placeholder.astype(numpy.int32)
+    tiles = numpy.asarray(num_image_tiles)
+    if images.ndim == 5:
+        number = numpy.cumsum(is_placeholder, axis=1) - 1
+        of_token = numpy.take_along_axis(tiles, numpy.clip(number, 0, tiles.shape[1] - 1), axis=1)
+        return numpy.where(is_placeholder, of_token, 0)
+    number = numpy.cumsum(is_placeholder.reshape(-1)).reshape(is_placeholder.shape) - 1
+    return numpy.where(is_placeholder, tiles.reshape(-1)[numpy.clip(number, 0, tiles.size - 1)], 0)
