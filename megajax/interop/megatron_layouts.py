@@ -238,14 +238,3 @@ def _require_same_names(state_dict: StateDict, wanted: Sequence[str]) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ConfigError(f"the Megatron state dict {what} {', '.join(names[:3])}{more}")
-
-
-def vocabulary_rows(state_dict: StateDict) -> int:
-    """Rows of the embedding table. Raises ConfigError where there is none or the output layer has others."""
-    name, output = "embedding.word_embeddings.weight", "output_layer.weight"
-    if name not in state_dict:
-        raise ConfigError(f"the Megatron state dict lacks {name}")
-    rows = len(state_dict[name])
-    if output in state_dict and np.shape(state_dict[output])[:1] != (rows,):
-        raise ConfigError(f"{output} has shape {np.shape(state_dict[output])}; {name} has {rows} rows")
-    return rows

@@ -21,33 +21,27 @@ Array = jax.Array
 
 
 class OutputLayer(nn.Module):
-    """The matrix [D, V] from hidden states to logits, when it is not the embedding's. Megatron: `output_layer`."""
+    """The matrix [D, V] from hidden states to logits, unless it is the embedding's, and the bias [V] if there is one.
+
+    Megatron: `output_layer`.
+    """
 
     config: TransformerConfig
+    use_kernel: bool = True
+    use_bias: bool = False
 
     def setup(self) -> None:
-        cfg = self.config
-        init = normal_init(init_std(cfg), ("embed", "vocab"))
-        shape = (cfg.hidden_size, rows_here(cfg.padded_vocab_size))
-        self.kernel = self.param("kernel", init, shape, jnp.dtype(cfg.params_dtype))
+        cfg, dtype = self.config, jnp.dtype(self.config.params_dtype)
+        rows = rows_here(cfg.padded_vocab_size)
+        if self.use_kernel:
+            init = normal_init(init_std(cfg), ("embed", "vocab"))
+            self.kernel = self.param("kernel", init, (cfg.hidden_size, rows), dtype)
+        if self.use_bias:
+            self.bias = self.param("bias", zeros_init(("vocab",)), (rows,), dtype)
 
     def __call__(self) -> Array:
         """The matrix."""
         return self.kernel
-
-
-class OutputBias(nn.Module):
-    """A bias [V] of the logits. Megatron: the bias of `output_layer`."""
-
-    config: TransformerConfig
-
-    def setup(self) -> None:
-        rows, dtype = rows_here(self.config.padded_vocab_size), jnp.dtype(self.config.params_dtype)
-        self.bias = self.param("bias", zeros_init(("vocab",)), (rows,), dtype)
-
-    def __call__(self) -> Array:
-        """The bias."""
-        return self.bias
 
 
 def loss_options(config: TransformerConfig) -> CrossEntropyOptions:

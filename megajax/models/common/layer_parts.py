@@ -1,0 +1,49 @@
+"""Specs of the two halves of a layer, for families whose layers are put together from them."""
+
+# SPDX-License-Identifier: Apache-2.0
+from megajax.backends import BackendSpecProvider
+from megajax.config import TransformerConfig
+from megajax.spec import ModuleSpec
+from megajax.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megajax.transformer.mlp import MLP, MLPSubmodules
+
+
+def self_attention_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Attention of a sequence to itself."""
+    qk_norm = backend.qk_norm(config)
+    return ModuleSpec(
+        SelfAttention,
+        SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def cross_attention_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """Attention of a sequence to another one."""
+    column = backend.column_parallel_linear()
+    return ModuleSpec(
+        CrossAttention,
+        CrossAttentionSubmodules(
+            linear_q=column,
+            linear_kv=column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+        ),
+    )
+
+
+def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """The feed-forward half."""
+    return ModuleSpec(
+        MLP, MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+    )
