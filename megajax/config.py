@@ -309,6 +309,16 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
         return ()
 
     @property
+    def residual_branches(self) -> int:
+        """How often the layers add to the residual stream: their output weights start smaller by the root of it."""
+        return 2 * self.num_layers
+
+    @property
+    def ssm_groups(self) -> int | None:
+        """Groups of heads of a state space layer that share B and C; None: there is no such layer."""
+        return None
+
+    @property
     def draws_noise(self) -> bool:
         """Whether training depends on random numbers beside the first weights."""
         return max(self.hidden_dropout, self.attention_dropout, self.moe_input_jitter_eps or 0.0) > 0

@@ -64,7 +64,7 @@ MAX_FUNCTION_LINES, WISHED_FUNCTION_LINES = 100, 60
 
 # Where a family may be called by its name, beside the registry and interop/, whose adapters are each for one family.
 FAMILY_HOMES = {
-    "gpt": ("models/gpt/", "models/multimodal/"),  # the language model that sees is one of these, too
+    "gpt": ("models/gpt/", "models/mamba/", "models/multimodal/"),  # hybrids and those that see are GPTs, too
     "bert": ("models/bert/",),
     "t5": ("models/t5/",),
     "mamba": ("models/mamba/", "ssm/"),  # the mixer bears the name of its paper

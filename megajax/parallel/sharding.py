@@ -39,6 +39,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
     tp = parallel.tensor_model_parallel_size
     # Fewer key/value heads than shards: every shard keeps all of them and reads the one it needs.
     kv: MeshAxes = ("tp",) if (model.num_query_groups or tp) % tp == 0 else ()
+    ssm_groups: MeshAxes = ("tp",) if (model.ssm_groups or tp) % tp == 0 else ()
     seq: MeshAxes = ("cp", "ulysses")
     activations: dict[str, MeshAxes] = {
         "batch": DATA_AXES,
@@ -48,6 +49,8 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "act_heads": ("tp",),
         "act_kv_heads": kv,
         "act_mlp": ("tp",),
+        "act_ssm_heads": ("tp",),
+        "act_ssm_groups": ssm_groups,
         "act_vocab": ("tp",),
     }
     parameters: dict[str, MeshAxes] = {
@@ -58,6 +61,8 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "heads": ("tp",),
         "kv_heads": kv,
         "mlp": ("tp",),
+        "ssm_heads": ("tp",),
+        "ssm_groups": ssm_groups,
         "experts": ("ep",),
         "expert_embed": ("dp",) if parallel.zero == 3 else (),  # ep, which ZeRO shards over too, divides the experts
         "expert_mlp": ("tp",),
@@ -68,13 +73,14 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
         "whole": (),  # for a dim that no mesh divides: says that this is meant, however large the parameter
     }
     table = activations | parameters
+    repeated = {name for name, axes in (("kv_heads", kv), ("ssm_groups", ssm_groups)) if not axes}
     zeros = table | {"embed": ZERO_AXES, "expert_embed": ("dp",)}
     return AxisRules(
         table,
         optimizer_table=zeros if parallel.zero >= 1 else table,
         gradient_table=zeros if parallel.zero >= 2 else table,
         parameters=tuple(parameters),
-        whole=frozenset({"whole", "positions"} if kv else {"whole", "positions", "kv_heads"}),
+        whole=frozenset({"whole", "positions"} | repeated),
     )
 
 

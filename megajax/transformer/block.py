@@ -173,7 +173,7 @@ def _apply_layer(layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, ind
     if not run.decode:
         return layer.apply(variables, x_BSD, rngs=rngs, **run.layer_arguments()), None
     x_BSD, updated = layer.apply(variables, x_BSD, rngs=rngs, mutable=["cache"], **run.layer_arguments())
-    return x_BSD, updated["cache"]
+    return x_BSD, updated.get("cache", {})  # not every layer has one
 
 
 def _first_layers(segment: Segment, variables: tuple[Tree, ...], count: int) -> tuple[Segment, tuple[Tree, ...]]:

@@ -19,8 +19,8 @@ def init_std(config: TransformerConfig) -> float:
 
 
 def output_init_std(config: TransformerConfig) -> float:
-    """Standard deviation of the weights that write to the residual stream: smaller, as 2 L of them add up."""
-    return config.init_method_std / (2.0 * config.num_layers) ** 0.5
+    """Standard deviation of the weights that write to the residual stream: smaller, as many of them add up."""
+    return config.init_method_std / config.residual_branches**0.5
 
 
 def normal_init(std: float, axes: tuple[str, ...]) -> nn.initializers.Initializer:

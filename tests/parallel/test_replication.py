@@ -40,18 +40,19 @@ def check(
 
 
 SQUARE = (1024, 1024)
+DIVIDED = "vocab or heads or kv_heads or mlp or ssm_heads or ssm_groups or expert_mlp"
 
 
 @pytest.mark.parametrize(
     ("axes", "settings", "axis", "names"),
     [
-        (("embed", None), TP, "tp=2", "vocab or heads or kv_heads or mlp"),
-        (("norm", "head_dim"), TP | ZERO0, "tp=2", "vocab or heads or kv_heads or mlp"),
-        ((None, None), TP | {"zero": 3}, "tp=2", "vocab or heads or kv_heads or mlp"),
-        ((None, None), {"zero": 3}, "dp=8", "embed"),
-        (("heads", None), {"zero": 1}, "dp=8", "embed"),
-        (("heads", "mlp"), {"zero": 2, "num_distributed_optimizer_instances": 2}, "dp=4", "embed"),
-        (("layers", "mlp"), {"zero": 1, "pipeline_model_parallel_size": 2}, "dp=4", "embed"),
+        (("embed", None), TP, "tp=2", DIVIDED),
+        (("norm", "head_dim"), TP | ZERO0, "tp=2", DIVIDED),
+        ((None, None), TP | {"zero": 3}, "tp=2", DIVIDED),
+        ((None, None), {"zero": 3}, "dp=8", "embed or expert_embed"),
+        (("heads", None), {"zero": 1}, "dp=8", "embed or expert_embed"),
+        (("heads", "mlp"), {"zero": 2, "num_distributed_optimizer_instances": 2}, "dp=4", "embed or expert_embed"),
+        (("layers", "mlp"), {"zero": 1, "pipeline_model_parallel_size": 2}, "dp=4", "embed or expert_embed"),
     ],
 )
 def test_a_copy_that_nobody_asked_for_is_refused(axes, settings, axis, names):
