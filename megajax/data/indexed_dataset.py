@@ -64,21 +64,32 @@ class TokenSequences(Protocol):
 
 
 class InMemoryDataset:
-    """Token sequences held in one array; each sequence is a document.
+    """Token sequences held in one array; each sequence is a document, unless documents are given.
 
     Args:
       name: where the tokens came from, for messages.
       tokens: all sequences, one after another.
       sequence_lengths: their lengths; they sum to `len(tokens)`.
       fingerprint: identifies the content for cache keys.
+      document_indices: int64[D+1], the first sequence of each document, then their number.
     """
 
-    def __init__(self, name: str, tokens: np.ndarray, sequence_lengths: np.ndarray, *, fingerprint: str):
+    def __init__(
+        self,
+        name: str,
+        tokens: np.ndarray,
+        sequence_lengths: np.ndarray,
+        *,
+        fingerprint: str,
+        document_indices: np.ndarray | None = None,
+    ):
         self.name = name
         self.fingerprint = fingerprint
         self.tokens = tokens
         self.sequence_lengths = np.asarray(sequence_lengths, np.int32)
-        self.document_indices = np.arange(len(self.sequence_lengths) + 1, dtype=np.int64)
+        if document_indices is None:
+            document_indices = np.arange(len(self.sequence_lengths) + 1)
+        self.document_indices = np.asarray(document_indices, np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
         if self._starts[-1] != len(tokens):
             raise ValueError(f"sequence_lengths sum to {self._starts[-1]}, but there are {len(tokens)} tokens")

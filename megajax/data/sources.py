@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -35,7 +35,8 @@ class Source:
 
     Attributes:
       tokens: its sequences.
-      splits: sequence numbers of train, validation and test, int32 each, possibly empty.
+      splits: sequence numbers of train, validation and test, int32 each, possibly empty; of documents, if their
+        sentences are sequences.
       weight: its share of a blend; None when no weights were given.
     """
 
@@ -44,8 +45,15 @@ class Source:
     weight: float | None = None
 
 
-def load_sources(config: DataConfig, tokenizer: Tokenizer) -> list[Source]:
+Sentences = Callable[[str], Sequence[str]]
+"""Cuts a document into its sentences."""
+
+
+def load_sources(config: DataConfig, tokenizer: Tokenizer, *, sentences: Sentences | None = None) -> list[Source]:
     """Opens or tokenizes every entry of `config.data`; without entries, Python's own documentation.
+
+    Args:
+      sentences: makes each sentence a sequence, and lets no id end a document. Tokens of a .bin file come as they are.
 
     Raises:
       ConfigError: an entry is missing, empty, unreadable, of an unknown kind, or holds ids the tokenizer has not.
@@ -53,9 +61,9 @@ def load_sources(config: DataConfig, tokenizer: Tokenizer) -> list[Source]:
     fractions = parse_split(config.split)
     if not config.data:
         sections = _without_repeats(split_text(_python_documentation(), fractions))
-        return [_text_source(DEFAULT_CORPUS, sections, tokenizer)]
+        return [_text_source(DEFAULT_CORPUS, sections, tokenizer, sentences)]
     return [
-        dataclasses.replace(_load(entry, config, tokenizer, fractions), weight=weight)
+        dataclasses.replace(_load(entry, config, tokenizer, fractions, sentences), weight=weight)
         for entry, weight in parse_blend(config.data)
     ]
 
@@ -103,15 +111,17 @@ def split_documents(count: int, fractions: Sequence[float]) -> tuple[np.ndarray,
     return train, validation, test
 
 
-def _load(entry: str, config: DataConfig, tokenizer: Tokenizer, fractions: Sequence[float]) -> Source:
+def _load(
+    entry: str, config: DataConfig, tokenizer: Tokenizer, fractions: Sequence[float], sentences: Sentences | None
+) -> Source:
     path = pathlib.Path(entry)
     if path.suffix in (".txt", ".jsonl"):
         if not path.is_file():
             raise ConfigError(f"data={entry} is no file; check the path")
         if path.suffix == ".txt":
-            return _text_source(entry, split_text(read_text(path), fractions), tokenizer)
+            return _text_source(entry, split_text(read_text(path), fractions), tokenizer, sentences)
         documents = [text for (text,) in read_jsonl(path, [config.json_key])]
-        tokens = tokenize_documents(entry, documents, tokenizer)
+        tokens = tokenize_documents(entry, documents, tokenizer, sentences)
     else:
         prefix = strip_suffix(entry)
         if not any(pathlib.Path(prefix + suffix).is_file() for suffix in (".bin", ".idx")):
@@ -121,14 +131,17 @@ def _load(entry: str, config: DataConfig, tokenizer: Tokenizer, fractions: Seque
         check_ids(tokens.stored_tokens[:CHECKED_TOKENS], tokenizer.vocab_size, prefix)
     if not np.any(tokens.sequence_lengths):
         raise ConfigError(f"data={entry} holds no tokens")
-    return Source(tokens, split_documents(len(tokens), fractions))
+    count = len(tokens) if sentences is None else len(tokens.document_indices) - 1
+    return Source(tokens, split_documents(count, fractions))
 
 
-def _text_source(name: str, sections: Sequence[Sequence[str]], tokenizer: Tokenizer) -> Source:
+def _text_source(
+    name: str, sections: Sequence[Sequence[str]], tokenizer: Tokenizer, sentences: Sentences | None
+) -> Source:
     """A source whose three splits are these documents. Plain text is split by size, not by documents, so that even
     one long document gives all three.
     """
-    tokens = tokenize_documents(name, [text for section in sections for text in section], tokenizer)
+    tokens = tokenize_documents(name, [text for section in sections for text in section], tokenizer, sentences)
     if not len(tokens.tokens):
         raise ConfigError(f"data={name} holds no text")
     edges = np.cumsum([0, *map(len, sections)])
@@ -155,8 +168,12 @@ def split_text(documents: Sequence[str], fractions: Sequence[float]) -> list[lis
     return [[text for text in section if text] for section in sections]
 
 
-def tokenize_documents(name: str, documents: Sequence[str], tokenizer: Tokenizer) -> InMemoryDataset:
+def tokenize_documents(
+    name: str, documents: Sequence[str], tokenizer: Tokenizer, sentences: Sentences | None = None
+) -> InMemoryDataset:
     """Tokenizes each document and ends it with `eod`; all in memory. A document with no tokens keeps only `eod`."""
+    if sentences is not None:
+        return _tokenize_sentences(name, documents, tokenizer, sentences)
     dtype = best_dtype(tokenizer.vocab_size)
     parts: list[np.ndarray] = []
     lengths = []
@@ -168,6 +185,22 @@ def tokenize_documents(name: str, documents: Sequence[str], tokenizer: Tokenizer
     tokens = np.concatenate([np.zeros(0, dtype), *parts])
     digest = hashlib.sha256(tokens.tobytes() + np.array(lengths, np.int64).tobytes()).hexdigest()
     return InMemoryDataset(name, tokens, np.array(lengths, np.int32), fingerprint=digest)
+
+
+def _tokenize_sentences(
+    name: str, documents: Sequence[str], tokenizer: Tokenizer, sentences: Sentences
+) -> InMemoryDataset:
+    dtype = best_dtype(tokenizer.vocab_size)
+    parts: list[np.ndarray] = []
+    ends = [0]
+    for text in documents:
+        found = (np.array(tokenizer.tokenize(sentence), dtype) for sentence in sentences(text))
+        parts += [ids for ids in found if len(ids)]
+        ends.append(len(parts))
+    tokens, lengths = np.concatenate([np.zeros(0, dtype), *parts]), np.array([len(ids) for ids in parts], np.int64)
+    index = np.array(ends, np.int64)
+    digest = hashlib.sha256(tokens.tobytes() + lengths.tobytes() + index.tobytes()).hexdigest()
+    return InMemoryDataset(name, tokens, lengths.astype(np.int32), fingerprint=digest, document_indices=index)
 
 
 def _chunks(text: str) -> Iterator[str]:

@@ -39,6 +39,14 @@ class Tokenizer(Protocol):
         """Text of `ids`; special tokens such as `eod` become nothing."""
         ...
 
+    def token_id(self, name: str) -> int | None:
+        """Id of a special token such as `[MASK]`; None where the vocabulary has none of that name."""
+        ...
+
+    def continuations(self) -> Iterable[int]:
+        """Ids of pieces that go on with the word before them, where the vocabulary marks them (`##` of WordPiece)."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes 0..255 and an end-of-document id 256."""
@@ -52,6 +60,12 @@ class ByteTokenizer:
 
     def detokenize(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    def token_id(self, name: str) -> int | None:
+        del name  # no byte is special
+
+    def continuations(self) -> Iterable[int]:
+        return ()
 
 
 class NullTokenizer:
@@ -75,6 +89,12 @@ class NullTokenizer:
 
     def detokenize(self, ids: Iterable[int]) -> str:
         return " ".join(str(i) for i in ids if i != self.eod)
+
+    def token_id(self, name: str) -> int | None:
+        del name
+
+    def continuations(self) -> Iterable[int]:
+        return ()
 
 
 HF_EOD_NAMES = (
@@ -133,6 +153,12 @@ class HFTokenizer:
     def detokenize(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def token_id(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def continuations(self) -> Iterable[int]:
+        return [i for text, i in self._tokenizer.get_vocab(with_added_tokens=True).items() if text.startswith("##")]
+
 
 class SentencePieceTokenizer:
     """A sentencepiece `.model`; `eod` is its `</s>`.
@@ -162,6 +188,13 @@ class SentencePieceTokenizer:
 
     def detokenize(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in ids if 0 <= i < self.vocab_size])  # control tokens decode to ""
+
+    def token_id(self, name: str) -> int | None:
+        found = int(self._model.piece_to_id(name))
+        return None if found == self._model.unk_id() else found
+
+    def continuations(self) -> Iterable[int]:
+        return ()
 
 
 R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -217,6 +250,12 @@ class TiktokenTokenizer:
     def detokenize(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([i for i in ids if i in self._known])
 
+    def token_id(self, name: str) -> int | None:
+        del name
+
+    def continuations(self) -> Iterable[int]:
+        return ()
+
 
 class MegatronTikTokenizer:
     """Megatron's TikTokenizer: a JSON list of {rank, token_bytes, token_str}, ids shifted past 1,000 special tokens.
@@ -249,6 +288,12 @@ class MegatronTikTokenizer:
     def detokenize(self, ids: Iterable[int]) -> str:
         shift = self.num_special_tokens
         return self._encoding.decode([i - shift for i in ids if shift <= i < self.vocab_size])
+
+    def token_id(self, name: str) -> int | None:
+        del name
+
+    def continuations(self) -> Iterable[int]:
+        return ()
 
 
 def build_tokenizer(spec: str) -> Tokenizer:

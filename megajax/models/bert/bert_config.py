@@ -31,6 +31,11 @@ class BertConfig(TransformerConfig):
     add_pooler: bool | None = None
     """The first token's state through a dense layer and tanh; None follows `add_binary_head`, which needs it."""
 
+    mask_prob: float = 0.15
+    """In training, the share of the tokens that are to be found."""
+    short_seq_prob: float = 0.1
+    """In training, the share of the samples that are shorter than they could be."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_tokentypes >= 0, f"num_tokentypes={self.num_tokentypes} must not be negative")
@@ -38,6 +43,8 @@ class BertConfig(TransformerConfig):
         require(
             bool(self.add_pooler) or not self.add_binary_head, "add_binary_head=True needs the pooler; drop add_pooler"
         )
+        require(0 < self.mask_prob < 1, f"mask_prob={self.mask_prob} must be above 0 and below 1")
+        require(0 <= self.short_seq_prob <= 1, f"short_seq_prob={self.short_seq_prob} must be from 0 to 1")
         require(
             not self.multi_latent_attention and self.num_moe_experts is None and not self.mtp_num_layers,
             "multi_latent_attention, num_moe_experts and mtp_num_layers are not possible in this family; drop them",
