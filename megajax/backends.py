@@ -11,6 +11,7 @@ from megajax.config import ConfigError, TransformerConfig
 from megajax.config_parallel import ContextComm
 from megajax.ops.attention import AttentionMask
 from megajax.spec import Builder, ModuleSpec
+from megajax.ssm.state_space import StateSpace
 from megajax.transformer.attention import DotProductAttention, softmax_scale
 from megajax.transformer.linear import ColumnParallelLinear, RowParallelLinear
 from megajax.transformer.norms import L2Norm, LayerNorm, RMSNorm
@@ -39,6 +40,10 @@ class BackendSpecProvider(Protocol):
 
     def core_attention(self) -> Builder:
         """Queries, keys and values to outputs; see `DotProductAttention` for the call."""
+        ...
+
+    def state_space(self) -> Builder:
+        """Convolution and recurrence of a state space layer; see `StateSpace` for the call."""
         ...
 
 
@@ -77,6 +82,10 @@ class LocalSpecProvider:
         if (self.cp_comm_type, self.zigzag) == ("p2p", False):
             return DotProductAttention
         return ModuleSpec(DotProductAttention, params={"cp_comm_type": self.cp_comm_type, "zigzag": self.zigzag})
+
+    def state_space(self) -> Builder:
+        """The recurrence in chunks of matrix products."""
+        return ModuleSpec(StateSpace, params={"zigzag": True}) if self.zigzag else StateSpace
 
 
 class CudnnAttention(nn.Module):
@@ -138,3 +147,7 @@ class TESpecProvider:
     def core_attention(self) -> Builder:
         """cuDNN's flash attention."""
         return CudnnAttention
+
+    def state_space(self) -> Builder:
+        """The recurrence in chunks of matrix products."""
+        return self.local.state_space()

@@ -63,8 +63,8 @@ class GPTModel(nn.Module):
     @property
     def resolved_config(self) -> TransformerConfig:
         """`config` with this model's own arguments put in."""
-        own = ("config", "transformer_layer_spec", "backend", "rope_scaling", "parent", "name")
-        names = [field.name for field in dataclasses.fields(self) if field.name not in own]
+        options = {field.name for field in dataclasses.fields(self.config)}
+        names = [field.name for field in dataclasses.fields(self) if field.name in options]
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.rope_scaling is not None:
             given["rope_scaling_type"] = "llama3" if self.rope_scaling else "none"
