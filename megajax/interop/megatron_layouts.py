@@ -29,6 +29,7 @@ _FUSED = {
 
 _TE_NAMES = (
     (r"\.self_attention\.(?:linear_qkv\.)?layer_norm_(weight|bias)$", r".input_layernorm.\1"),
+    (r"\.mixer\.in_proj\.layer_norm_(weight|bias)$", r".norm.\1"),
     (r"\.mlp\.(?:linear_fc1\.)?layer_norm_(weight|bias)$", r".pre_mlp_layernorm.\1"),
     (r"\.self_attention\.linear_(q|kv)_up_proj\.layer_norm_(weight|bias)$", r".self_attention.\1_layernorm.\2"),
     (r"\.experts\.linear_fc([12])\.(weight|bias)(\d+)$", r".experts.local_experts.\3.linear_fc\1.\2"),

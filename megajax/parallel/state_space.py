@@ -4,8 +4,8 @@ Heads are independent, so tensor parallelism needs no communication. Where the s
 part from an empty state; then all exchange what the recurrence would have carried: the last inputs of the convolution
 and, for each part, the state it ends with and how much of an earlier one it keeps. From these every device works out
 the state that its part begins with, and adds what follows from it, which is linear. The bytes that travel do not depend
-on the length of the sequence, and the devices need not divide the heads. (Megatron, `core/ssm/mamba_context_parallel.py`,
-trades the sequence for heads.)
+on the length of the sequence, and the devices need not divide the heads. (Megatron trades the sequence for heads:
+`core/ssm/mamba_context_parallel.py`.)
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -173,7 +173,7 @@ class _Parts:
 
     def mix(self, projected: Projected, dynamics: Dynamics, sizes: Sizes, segment_ids: Array | None) -> Array:
         """y of this device's tokens."""
-        B, S, H = projected.dt.shape
+        B, S, _ = projected.dt.shape
         back = dynamics.x.kernel.shape[0] - 1
         if S // self.each < back:
             raise ConfigError(
