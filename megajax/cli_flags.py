@@ -232,7 +232,7 @@ class NoEffect:
 
 
 def _rotary(c: Config) -> bool:
-    return c.model.position_embedding_type in ("rope", "yarn")
+    return c.model.position_embedding_type in ("rope", "yarn", "mrope")
 
 
 def _plain_rope(c: Config) -> bool:

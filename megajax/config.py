@@ -42,7 +42,7 @@ __all__ = [
     "to_tuple",
 ]
 
-PositionEmbedding = Literal["learned_absolute", "rope", "yarn", "none"]
+PositionEmbedding = Literal["learned_absolute", "rope", "yarn", "mrope", "none"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "squared_relu", "quick_gelu"]
 RopeScaling = Literal["none", "llama3", "dynamic", "longrope"]
 
@@ -99,6 +99,9 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
     yarn_mscale: float | None = 1.0
     yarn_mscale_all_dim: float | None = 0.0
     yarn_correction_range_round_to_int: bool = True
+    mrope_section: tuple[int, ...] | None = None
+    """Pairs of features that turn with each kind of position, time, height and width, one after the other; their sum is
+    half of the rotated features (`position_embedding_type` mrope)."""
     no_rope_freq: int | tuple[int, ...] | None = None
     """int N: every N-th layer has no rotary embedding; or a 0/1 list, 1 = none."""
 
@@ -217,16 +220,18 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
 
     def _validate_positions(self) -> None:
         require(0 < self.rotary_percent <= 1, f"rotary_percent={self.rotary_percent} must be above 0 and at most 1")
-        if self.position_embedding_type in ("rope", "yarn"):
+        if self.position_embedding_type in ("rope", "yarn", "mrope"):
             require(
                 self.rotary_dim % 2 == 0,
                 f"rotary_percent={self.rotary_percent} rotates {self.rotary_dim} of kv_channels={self.kv_channels}"
                 " features; the number must be even",
             )
         require(
-            not (self.position_embedding_type == "yarn" and self.rotary_interleaved),
-            "rotary_interleaved=True is not defined for position_embedding_type='yarn'; use 'rope'",
+            self.position_embedding_type not in ("yarn", "mrope") or not self.rotary_interleaved,
+            f"rotary_interleaved=True is not defined for position_embedding_type={self.position_embedding_type!r}; use"
+            " 'rope'",
         )
+        self._validate_sections()
         if self.rope_scaling_type == "longrope":
             for name in ("rope_short_factor", "rope_long_factor"):
                 factors = getattr(self, name)
@@ -234,6 +239,24 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
                     factors is not None and len(factors) == self.rotary_dim // 2,
                     f"{name} needs {self.rotary_dim // 2} numbers (half the rotated features) with longrope",
                 )
+
+    def _validate_sections(self) -> None:
+        multimodal, section = self.position_embedding_type == "mrope", self.mrope_section
+        require(
+            multimodal == (section is not None),
+            f"mrope_section={section} and position_embedding_type={self.position_embedding_type!r}: 'mrope' and its"
+            " sections go together",
+        )
+        if section is not None:
+            require(
+                min(section, default=0) > 0 and 2 * sum(section) == self.rotary_dim,
+                f"mrope_section={section} must be sizes whose sum is half of the {self.rotary_dim} rotated features",
+            )
+        for name in ("multi_latent_attention", "mtp_num_layers"):
+            require(
+                not (multimodal and getattr(self, name)),
+                f"{name}={getattr(self, name)} is not possible with position_embedding_type='mrope'; drop one",
+            )
 
     def _validate_rest(self) -> None:
         require(not (self.bf16 and self.fp16), "bf16=True excludes fp16=True; set one of them")

@@ -9,6 +9,7 @@ from typing import Any
 from megajax.config import ConfigError, TransformerConfig, to_tuple
 from megajax.interop.hf_fields import Fields, number, positive_integer
 from megajax.models.common.embeddings.positions import rotary_embedding
+from megajax.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megajax.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megajax.ops.rope import yarn_mscale
 
@@ -212,6 +213,8 @@ def position_key(config: TransformerConfig) -> tuple[Any, ...]:
         ramp = (c.yarn_beta_fast, c.yarn_beta_slow, c.yarn_correction_range_round_to_int)
         scaled = (c.yarn_rotary_scaling_factor, c.yarn_original_max_position_embeddings)
         return (*shared, *scaled, *ramp, rotary.concentration)
+    if isinstance(rotary, MultimodalRotaryEmbedding):
+        return (*shared, c.mrope_section, c.seq_len_interpolation_factor or 1.0)
     scaling: dict[str, tuple[Any, ...]] = {
         "none": (),
         "llama3": (c.rope_scaling_factor, c.rope_low_freq_factor, c.rope_high_freq_factor, original),

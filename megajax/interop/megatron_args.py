@@ -24,7 +24,7 @@ _MODEL = {
 """Argument -> GPTModel argument."""
 _SWITCHES = (
     *("multi_latent_attention", "mtp_num_layers", "fp8", "fp4", "experimental_attention_variant", "is_hybrid_model"),
-    *("linear_attention_freq", "use_mup", "enable_mhc_connections", "mrope_section"),
+    *("linear_attention_freq", "use_mup", "enable_mhc_connections"),
 )
 """Arguments that turn on what is not supported. Options of what is off have defaults of their own, and are left out."""
 

@@ -72,7 +72,10 @@ def config_arguments(
     model = _translate(model_arguments, argument_rules, "Megatron model argument", family)
     for name in ("qk_layernorm", "qk_l2_norm"):  # the spec may have either, whatever the config says
         model[name] = bool(config.get(name) or model.get(name))
-    return {**config, **model, **_positions(fields, model)}
+    positions = _positions(fields, model)
+    if positions["position_embedding_type"] != "mrope":  # Megatron then reads no sections
+        positions["mrope_section"] = None
+    return {**config, **model, **positions}
 
 
 def _positions(fields: Fields, model: Fields) -> dict[str, Any]:
@@ -86,10 +89,9 @@ def _positions(fields: Fields, model: Fields) -> dict[str, Any]:
     kind = result["position_embedding_type"]
     if fields.get("multi_latent_attention"):  # has its own rotary embedding, whatever the model's
         return result | {"position_embedding_type": fields.get("rope_type", "yarn")}
-    if kind not in ("learned_absolute", "rope", "yarn", "none"):
-        raise ConfigError(
-            f"position_embedding_type={kind!r} is not supported; use learned_absolute, rope, yarn or none"
-        )
+    known = ("learned_absolute", "rope", "yarn", "mrope", "none")
+    if kind not in known:
+        raise ConfigError(f"position_embedding_type={kind!r} is not supported; use {', '.join(known)}")
     if kind == "yarn":
         result["rotary_percent"] = 1.0  # Megatron's YaRN rotates whole heads
     if fields.get("yarn_rotary_scaling_factor") is not None:

@@ -169,6 +169,7 @@ FIELDS: Mapping[str, Rule] = {
     "activation_func_clamp_value": Mapped(_clamp),
     "bias_activation_fusion": Mapped(_nothing),
     "use_te_activation_func": Mapped(_nothing),
+    "mrope_section": Mapped(lambda value, _: {"mrope_section": to_tuple(value) if value else None}),
     "window_size": Mapped(_window_size),
     "window_attn_skip_freq": Mapped(_window_skip),
     "heterogeneous_layers_config_encoded_json": Mapped(_heterogeneous_json),
@@ -271,7 +272,7 @@ FIELDS: Mapping[str, Rule] = {
             "mhc_sinkhorn_iterations": 20,
             "mhc_init_gating_factor": 0.01,
             # State space and hybrid models, multimodal positions
-            "mrope_section mamba_num_heads mamba_training_ssm_states_dtype": None,
+            "mamba_num_heads mamba_training_ssm_states_dtype": None,
             "is_hybrid_model gdp_cutedsl_kernel": False,
             "mamba_state_dim": 128,
             "mamba_head_dim": 64,

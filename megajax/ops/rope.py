@@ -90,6 +90,16 @@ def angles(positions: Array, inv_freq: Array | np.ndarray, *, interleaved: bool 
     return jnp.repeat(half, 2, axis=-1) if interleaved else jnp.concatenate([half, half], axis=-1)
 
 
+def multimodal_angles(positions_3BS: Array, inv_freq: Array | np.ndarray, section: tuple[int, ...]) -> Array:
+    """Three kinds of position of each token (time, height, width) -> angles fp32 [B, S, R] (M-RoPE, arXiv:2409.12191).
+
+    section: how many pairs of features turn with each kind, in turn; sum R/2.
+    """
+    angles_3BSR = angles(positions_3BS, inv_freq)
+    kind_R = np.repeat(np.arange(2 * len(section)) % 3, section * 2)
+    return jnp.sum(jnp.where((kind_R == np.arange(3)[:, None])[:, None, None], angles_3BSR, 0.0), axis=0)
+
+
 def apply_rotary(x_BSNK: Array, rotary: Rotary) -> Array:
     """Rotates the first R features of each head; the rest pass through."""
     dim = rotary.cos.shape[-1]

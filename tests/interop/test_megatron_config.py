@@ -147,7 +147,9 @@ def test_settings_on_the_config_and_on_the_model_must_agree() -> None:
     assert convert({"rotary_base": 500}, position_embedding_type="rope").rotary_base == 500
     with pytest.raises(ConfigError, match="rotary_base is 500 in the config but 10000 in the model"):
         convert({"rotary_base": 500}, rotary_base=10000)
-    with pytest.raises(ConfigError, match="position_embedding_type='mrope' is not supported"):
+    with pytest.raises(ConfigError, match="position_embedding_type='relative' is not supported"):
+        convert({}, position_embedding_type="relative")
+    with pytest.raises(ConfigError, match="'mrope' and its sections go together"):
         convert({}, position_embedding_type="mrope")
 
 

@@ -18,7 +18,7 @@ from megajax.transformer.stack import locate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPERTS = ["mcore_gpt_mtp", "mcore_mixtral", "mcore_deepseek_v3", "mcore_moe_capacity_drop", "mcore_moe_sinkhorn"]
-CASES = ["mcore_gpt3", "mcore_llama", "mcore_llama_yarn", "mcore_swa", *EXPERTS]
+CASES = ["mcore_gpt3", "mcore_llama", "mcore_llama_yarn", "mcore_mrope", "mcore_swa", *EXPERTS]
 YARN = {
     "yarn_rotary_scaling_factor": 4.0,
     "yarn_original_max_position_embeddings": 512,

@@ -110,7 +110,8 @@ class GPTModel(nn.Module):
 
         Args:
           tokens: int [B, S].
-          position_ids: int [B, S]; default: 0, 1, ... in each row, or in each document when there are segment_ids.
+          position_ids: int [B, S]; default: 0, 1, ... in each row, or in each document when there are segment_ids. With
+            multimodal positions ("mrope") int [3, B, S]: time, height, width; what is [B, S] counts for all three.
           segment_ids: int [B, S]: the document of each token of a packed row. Tokens see only their own document.
           attention_mask: bool, True = attend: [B, S] for the keys, or broadcastable to [B, 1, S, S]; on top of
             causality.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from megajax.config import TransformerConfig
-from megajax.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megajax.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 from megajax.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 Array = jax.Array
@@ -21,7 +21,9 @@ def packed_positions(segment_ids: Array) -> Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def rotary_embedding(config: TransformerConfig) -> RotaryEmbedding | YarnRotaryEmbedding | None:
+def rotary_embedding(
+    config: TransformerConfig,
+) -> RotaryEmbedding | YarnRotaryEmbedding | MultimodalRotaryEmbedding | None:
     """The rotary embedding of `position_embedding_type`, None for the types that are not rotary."""
     channels = config.qk_pos_emb_head_dim if config.multi_latent_attention else config.kv_channels
     assert channels is not None
@@ -40,6 +42,15 @@ def rotary_embedding(config: TransformerConfig) -> RotaryEmbedding | YarnRotaryE
             short_factor=config.rope_short_factor,
             long_factor=config.rope_long_factor,
             attention_factor=config.rope_attention_factor,
+        )
+    if config.position_embedding_type == "mrope":
+        assert config.mrope_section is not None
+        return MultimodalRotaryEmbedding(
+            kv_channels=channels,
+            mrope_section=config.mrope_section,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
         )
     if config.position_embedding_type == "yarn":
         return YarnRotaryEmbedding(

@@ -118,3 +118,40 @@ class RotaryEmbedding:
         if self.scaling != "longrope" or self.rope_scaling_factor <= 1:
             return 1.0
         return math.sqrt(1 + math.log(self.rope_scaling_factor) / math.log(self.original_max_position_embeddings))
+
+
+@dataclasses.dataclass(frozen=True)
+class MultimodalRotaryEmbedding:
+    """Rotary embedding of tokens that have a place in time, height and width (M-RoPE, arXiv:2409.12191).
+
+    Holds no parameters; halves are rotated, never neighbours. Megatron: the class of this name in
+    `core/models/common/embeddings/rotary_pos_embedding.py`.
+
+    Attributes:
+      kv_channels, rotary_percent, rotary_base, seq_len_interpolation_factor: as in `RotaryEmbedding`.
+      mrope_section: pairs of features that turn with each of the three positions, in turn.
+    """
+
+    kv_channels: int
+    mrope_section: tuple[int, ...]
+    rotary_percent: float = 1.0
+    rotary_base: float = 10000.0
+    seq_len_interpolation_factor: float | None = None
+
+    @property
+    def inv_freq(self) -> np.ndarray:
+        """Radians per position of each pair of features, fp32 [R/2]."""
+        return rope.inverse_frequencies(int(self.kv_channels * self.rotary_percent), self.rotary_base)
+
+    def __call__(self, position_ids: Array) -> Array:
+        """position_ids int [3, B, S]; or, the same in all three, as text has it, [B or 1, S] -> angles [B, S, R]."""
+        positions = position_ids if position_ids.ndim == 3 else jnp.broadcast_to(position_ids, (3, *position_ids.shape))
+        scaled = positions.astype(jnp.float32)
+        if self.seq_len_interpolation_factor is not None:
+            scaled = scaled / self.seq_len_interpolation_factor
+        return rope.multimodal_angles(scaled, self.inv_freq, self.mrope_section)
+
+    def rotary(self, positions: Array) -> Rotary:
+        """Positions as for `__call__` -> cos and sin to rotate queries and keys with."""
+        angles = self(positions)
+        return Rotary(jnp.cos(angles), jnp.sin(angles), False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megajax.config import ConfigError
-from megajax.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megajax.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 from megajax.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 SETTINGS = json.loads((Path(__file__).parents[3] / "golden" / "mcore_rope" / "meta.json").read_text())["settings"]
@@ -40,6 +40,15 @@ def test_yarn_angles_and_concentration_equal_megatrons(golden: Path, name: str) 
     np.testing.assert_allclose(yarn.inv_freq, expected[f"{name}/inv_freq_effective"], atol=0, rtol=1e-5)
     np.testing.assert_allclose(angles, expected[f"{name}/emb"], atol=1e-6, rtol=1e-5)
     assert concentration == pytest.approx(float(expected[f"{name}/mscale"]), rel=1e-6)
+
+
+def test_multimodal_angles_equal_megatrons(golden: Path) -> None:
+    positions = np.load(golden / "mcore_rope" / "inputs.npz")["mrope_position_ids"]
+    rope = MultimodalRotaryEmbedding(SETTINGS["mrope"]["kv_channels"], tuple(SETTINGS["mrope"]["mrope_section"]))
+    expected = np.load(golden / "mcore_rope" / "outputs.npz")["mrope/emb"].swapaxes(0, 1)
+    np.testing.assert_allclose(rope(jnp.asarray(positions)), expected, atol=1e-6, rtol=1e-5)
+    text = jnp.arange(5)[None]
+    np.testing.assert_allclose(rope(text), RotaryEmbedding(SETTINGS["mrope"]["kv_channels"])(5)[None], atol=1e-6)
 
 
 def test_angles_of_any_positions_under_jit() -> None:
