@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megajax.config import ConfigError, DataConfig
+from megajax.config import Config, ConfigError, DataConfig
 from megajax.data.blended import BlendedDataset, component_size, normalize
 from megajax.data.build import Datasets, Sizes
 from megajax.data.indexed_dataset import TokenSequences
@@ -19,6 +19,13 @@ from megajax.data.tokenizers import Tokenizer
 _ENDS = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])|\n\s*\n")
 Build = Callable[[TokenSequences, np.ndarray, int | None], Any]
 """(sentences, documents of a split, samples or None for one epoch) -> data set; ConfigError where there are none."""
+
+
+def refuse_packing(config: Config) -> None:
+    """Raises ConfigError for options of documents that are packed into samples, which sentences are not."""
+    for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+        if getattr(config.data, name):
+            raise ConfigError(f"{name}=True has no effect on --model {config.model_family}; drop it")
 
 
 def split_sentences(text: str, longest: int, size: Callable[[str], int] = len) -> Iterator[str]:
