@@ -59,7 +59,7 @@ def test_the_program_says_in_one_line_what_is_wrong(golden: Path, tmp_path: Path
     broken = tmp_path / "broken"
     shutil.copytree(case, broken)
     settings = json.loads((case / "config.json").read_text())
-    settings["transformer_config"]["num_moe_experts"] = 4
+    settings["transformer_config"]["use_mup"] = True
     (broken / "config.json").write_text(json.dumps(settings))
     (tmp_path / "empty").mkdir()
     for arguments, message in (
@@ -71,7 +71,7 @@ def test_the_program_says_in_one_line_what_is_wrong(golden: Path, tmp_path: Path
         (["--from", "megajax", str(tmp_path / "empty"), "--to", "hf", "b"], str(tmp_path / "empty")),
         (
             ["--from", "megatron", str(broken), "--to", "hf", str(tmp_path / "new")],
-            "num_moe_experts=4 is not supported",
+            "use_mup=True is not supported",
         ),
     ):
         with pytest.raises(ConfigError, match=message.replace("(", r"\(")) as raised:
