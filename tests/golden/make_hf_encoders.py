@@ -3,8 +3,8 @@
     python tests/golden/make_hf_encoders.py [CASE ...]
 
 Run by hand where torch and transformers are installed; last made with transformers 5.23 and torch 2.13 on a CPU. Each
-folder is what `save_pretrained` wrote, and expected.npz: the call's arguments and its outputs in fp32. Weights are large
-(1/sqrt(fan in), norms 1 +- 0.2, biases +- 0.2), so that every option moves the outputs.
+folder is what `save_pretrained` wrote, and expected.npz: the call's arguments and its outputs in fp32. Weights are
+large (1/sqrt(fan in), norms 1 +- 0.2, biases +- 0.2), so that every option moves the outputs.
 """
 
 # SPDX-License-Identifier: Apache-2.0

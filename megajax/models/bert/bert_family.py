@@ -159,7 +159,10 @@ def epilogue(finished: Finished) -> Iterable[str]:
             pairs += int(known.sum())
         shown = (batch["tokens"][0], guesses[0], mask[0]) if shown is None else shown
     masks = max(masks, 1)
-    yield f"masked accuracy {hits / masks:.1%} on {masks} held-out tokens; the most frequent token scores {common / masks:.1%}"
+    yield (
+        f"masked accuracy {hits / masks:.1%} on {masks} held-out tokens;"
+        f" the most frequent token scores {common / masks:.1%}"
+    )
     if pairs:
         yield f"order of two texts right in {orders / pairs:.1%} of {pairs} held-out pairs; chance is 50%"
     assert shown is not None

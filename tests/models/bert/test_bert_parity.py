@@ -16,6 +16,10 @@ from megajax.interop import hf, hf_architecture, megatron
 from megajax.interop.pretrained import Pretrained
 
 GOLDEN = Path(__file__).parents[2] / "golden"
+NOISE = 5e-7
+"""What is left of gradients that are zero, such as that of the bias of keys."""
+UNUSED = {"bert_untied": "cls.predictions.bias"}
+"""A tensor that transformers saves without ever having read it."""
 
 
 def from_megatron() -> Pretrained:
@@ -80,15 +84,15 @@ def test_output_loss_and_gradients_equal_theirs(case: str) -> None:
     np.testing.assert_allclose(output.binary, expected[binary], atol=2e-5, rtol=1e-4)
     np.testing.assert_allclose(value, expected["loss"], atol=1e-5)
     for name, reference in load_file(GOLDEN / case / "grads.safetensors").items():
-        np.testing.assert_allclose(
-            gradients[name], reference, atol=1e-4 * np.abs(reference).max(), rtol=0, err_msg=name
-        )
+        tolerance = max(1e-4 * np.abs(reference).max(), NOISE)
+        np.testing.assert_allclose(gradients[name], reference, atol=tolerance, rtol=0, err_msg=name)
     statistics = np.load(GOLDEN / case / "grad_stats.npz")
     assert sorted(statistics["names"]) == sorted(gradients)
     for name, (norm, _, top, projection) in zip(statistics["names"], statistics["stats"], strict=True):
         g = gradients[str(name)].astype(np.float64)
         measured = (np.linalg.norm(g), np.abs(g).max(), g.ravel() @ np.sin(0.7 * np.arange(g.size) + 0.3))
-        np.testing.assert_allclose(measured, (norm, top, projection), atol=1e-4 * norm, err_msg=str(name))
+        tolerance = max(1e-4 * norm, NOISE)
+        np.testing.assert_allclose(measured, (norm, top, projection), atol=tolerance, err_msg=str(name))
 
 
 def test_megatron_weights_round_trip(tmp_path: Path) -> None:
@@ -138,4 +142,5 @@ def test_other_classes_and_options_equal_transformers(name: str, tmp_path: Path)
     saved, tensors = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
     assert sorted(saved) == sorted(tensors)
     for key, value in tensors.items():
-        np.testing.assert_array_equal(saved[key], value, err_msg=key)
+        if key != UNUSED.get(name):
+            np.testing.assert_array_equal(saved[key], value, err_msg=key)
