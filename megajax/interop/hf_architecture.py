@@ -157,7 +157,7 @@ class Tensor(NamedTuple):
         def make() -> np.ndarray:
             arrays = [part.of(leaves) for part in self.parts]
             if self.codec is not None:
-                return np.ascontiguousarray(self.codec.join(arrays))
+                return np.ascontiguousarray(self.codec.join(arrays)).reshape(self.shape)  # no dims stay none
             array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
             array = array.T if self.transposed else array
             return array if self.vocab_size is None else array[: self.vocab_size]

@@ -152,7 +152,7 @@ class VisionModule(nn.Module):
             x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")
             inputs = LayerInputs(AttentionMask())
             x_BSD = self.decoder(x_BSD, inputs, deterministic=deterministic, num_layers=num_layers)
-            if cfg.ln_post == "tokens" and num_layers is None:
+            if cfg.ln_post == "tokens" and (num_layers is None or self.is_initializing()):
                 x_BSD = self.ln_post(x_BSD).astype(x_BSD.dtype)
             x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")
         if self.is_initializing():

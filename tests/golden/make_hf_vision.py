@@ -1,0 +1,120 @@
+"""Makes hf_vision/: tiny models by transformers 5.23, and their outputs. Needs torch; takes the folder to write to."""
+
+# SPDX-License-Identifier: Apache-2.0
+import sys
+
+import numpy as np
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    RadioConfig,
+    RadioModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
+
+FOLDER = sys.argv[1]
+
+
+def randomise(model):
+    """Weights that make every option count."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(1 + 0.1 * noise if "logit" in name else 0.2 * noise)
+
+
+def save(name, model, **inputs):
+    """The checkpoint and expected.npz: inputs and outputs."""
+    randomise(model)
+    model.eval()
+    model.save_pretrained(f"{FOLDER}/{name}")
+    with torch.no_grad():
+        output = model(**{key: torch.tensor(value) for key, value in inputs.items()})
+    arrays = {key: value.numpy() for key, value in output.items() if isinstance(value, torch.Tensor)}
+    np.savez(f"{FOLDER}/{name}/expected.npz", **inputs, **arrays)
+
+
+rng = np.random.default_rng(0)
+images = rng.normal(size=(3, 3, 12, 12)).astype(np.float32)
+vision = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+text = {
+    "vocab_size": 40,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 9,
+}
+ids = rng.integers(3, 38, size=(2, 9))
+ids[0, 5:] = 39
+ids[1, 8] = 39
+special = {"bos_token_id": 0, "pad_token_id": 1}
+new, old = (
+    CLIPConfig(text_config={**text, **special, "eos_token_id": eos}, vision_config=vision, projection_dim=10)
+    for eos in (39, 2)
+)
+mask = (np.cumsum(ids == 39, axis=1) <= 1).astype(np.int64)
+save("clip", CLIPModel(new), input_ids=ids, pixel_values=images, attention_mask=mask)
+save("clip_old_eos", CLIPModel(old), input_ids=ids, pixel_values=images)
+wide = {**text, "hidden_size": 16, "num_attention_heads": 4, "projection_size": 16}
+save("siglip", SiglipModel(SiglipConfig(text_config=wide, vision_config=vision)), input_ids=ids, pixel_values=images)
+save("siglip_vision", SiglipVisionModel(SiglipVisionConfig(**vision)), pixel_values=images)
+save("vit", ViTModel(ViTConfig(**vision, qkv_bias=False)), pixel_values=images)
+radio = RadioConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    patch_size=4,
+    image_size=12,
+    max_img_size=20,
+    use_swiglu_ffn=True,
+    num_registers=2,
+    layerscale_value=0.5,
+)
+save("radio_swiglu", RadioModel(radio), pixel_values=images)
+tower = {**vision, "model_type": "siglip_vision_model", "vision_use_head": False}
+language = {
+    "model_type": "qwen2",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+llava = LlavaConfig(
+    vision_config=tower,
+    text_config=language,
+    image_token_index=39,
+    image_seq_length=9,
+    vision_feature_layer=-1,
+    vision_feature_select_strategy="full",
+)
+ids = rng.integers(3, 38, size=(3, 14))
+ids[0, 1:10] = ids[1, :9] = ids[2, 5:] = 39
+save("llava_siglip_qwen", LlavaForConditionalGeneration(llava), input_ids=ids, pixel_values=images)

@@ -1,0 +1,94 @@
+"""Towers, and pairs of them, in Hugging Face's format: what transformers computes, megajax computes and saves again."""
+
+# SPDX-License-Identifier: Apache-2.0
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from megajax.interop import hf
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+OPTIONS = sorted(f"hf_vision/{folder.name}" for folder in (GOLDEN / "hf_vision").iterdir() if folder.is_dir())
+CASES = ["hf_clip_vision", "hf_radio", *OPTIONS]
+
+
+@functools.cache
+def loaded(case: str) -> Any:
+    return hf.load(GOLDEN / case)
+
+
+def close(got: Any, expected: Any) -> None:
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_equals_transformers(case: str) -> None:
+    pretrained, given = loaded(case), dict(np.load(GOLDEN / case / "expected.npz"))
+    call = functools.partial(pretrained.model.apply, {"params": pretrained.params})
+    if "logits_per_image" in given:
+        masks = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
+        output = call(given["pixel_values"], given["input_ids"], **masks)
+        for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"):
+            close(getattr(output, name), given[name])
+    elif "logits" in given:
+        close(call(given["pixel_values"], given["input_ids"]), given["logits"])
+    else:
+        close(call(given["pixel_values"]), given["last_hidden_state"])
+        pooled = given["summary" if "summary" in given else "pooler_output"]
+        close(call(given["pixel_values"], pooled=True), pooled)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip(case: str, tmp_path: Path) -> None:
+    pretrained = loaded(case)
+    hf.save(pretrained, tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (GOLDEN / case, tmp_path))
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        np.testing.assert_array_equal(tensor, after[name], err_msg=name)
+    assert hf.load(tmp_path).config == pretrained.config
+
+
+@pytest.mark.parametrize("case", ["hf_clip_vision", "hf_radio"])
+def test_output_and_gradients(case: str, tmp_path: Path) -> None:
+    pretrained = loaded(case)
+    inputs, expected = (np.load(GOLDEN / case / f"{name}.npz") for name in ("inputs", "outputs"))
+
+    def loss(params: Any) -> Any:
+        output = pretrained.model.apply({"params": params}, inputs["pixel_values"])
+        return jnp.mean(output * inputs["cotangent"]), output
+
+    (value, output), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(pretrained.params)
+    close(output, expected["last_hidden_state"])
+    pooled = pretrained.model.apply({"params": pretrained.params}, inputs["pixel_values"], pooled=True)
+    close(pooled, expected["pooler_output" if "pooler_output" in expected else "summary"])
+    np.testing.assert_allclose(value, expected["loss"], atol=1e-5)
+    hf.save(pretrained._replace(params=gradients), tmp_path)
+    ours = load_file(tmp_path / "model.safetensors")
+    for name, reference in load_file(GOLDEN / case / "grads.safetensors").items():
+        atol = 1e-4 * np.abs(reference).max() + 1e-8
+        np.testing.assert_allclose(ours[name], reference, rtol=0, atol=atol, err_msg=name)
+
+
+def test_radio_at_its_full_size() -> None:
+    folder, pretrained = GOLDEN / "hf_radio", loaded("hf_radio")
+    images = np.load(folder / "inputs_full_64x64.npz")["pixel_values"]
+    expected = np.load(folder / "outputs_full_64x64.npz")["last_hidden_state"]
+    close(pretrained.model.apply({"params": pretrained.params}, images), expected)
+
+
+def test_names_of_older_files(tmp_path: Path) -> None:
+    """Published towers have the prefix of the pair that they were a part of."""
+    (tmp_path / "config.json").write_text((GOLDEN / "hf_clip_vision" / "config.json").read_text())
+    tensors = load_file(GOLDEN / "hf_clip_vision" / "model.safetensors")
+    save_file({f"vision_model.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    ours, theirs = (jax.tree.leaves(pretrained.params) for pretrained in (hf.load(tmp_path), loaded("hf_clip_vision")))
+    for mine, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, expected)
