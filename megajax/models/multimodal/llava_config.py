@@ -248,7 +248,8 @@ def tower_arguments(tower: VisionConfig, vision_model_type: VisionModelType) -> 
       ConfigError: the tower has an option that LLaVA's do not have.
     """
     ours = {field.name for field in dataclasses.fields(LLaVAConfig)}
-    theirs = [field.name for field in dataclasses.fields(tower) if field.init]
+    kind = RADIOConfig if isinstance(tower, RADIOConfig) else VisionConfig  # whatever text tower stood beside it
+    theirs = [field.name for field in dataclasses.fields(kind) if field.init]
     arguments: dict[str, Any] = {f"vision_{name}": getattr(tower, name) for name in theirs if f"vision_{name}" in ours}
     arguments |= {name: getattr(tower, name) for name in _SIZES}
     arguments["vision_model_type"] = vision_model_type

@@ -40,7 +40,7 @@ def _clip(layers: int, hidden: int, patch: int, side: int, text: int, projection
 def _siglip(
     layers: int, hidden: int, heads: int, ffn: int, patch: int, side: int, vocab: int = 32000, length: int = 64
 ) -> CLIPConfig:
-    """arXiv:2303.15343; so400m is the shape of arXiv:2305.13035."""
+    """arXiv:2303.15343; so400m is the shape of arXiv:2305.13035. Of 384 pixels a patch of 14 leaves 378."""
     return _tower(
         layers, hidden, heads, ffn, patch, side,
         class_token_len=0, embedder_bias=True, ln_post="tokens", pooler="attention", activation_func="gelu_tanh",

@@ -33,5 +33,5 @@ def _radio(layers: int, hidden: int, heads: int, class_tokens: int = 8) -> RADIO
 PRESETS: Mapping[str, Callable[[], RADIOConfig]] = {
     "radio-b": partial(_radio, 12, 768, 12),
     "radio-l": partial(_radio, 24, 1024, 16),
-    "radio-h": partial(_radio, 32, 1280, 16),
+    "radio-h": partial(_radio, 32, 1280, 16, class_tokens=10),
 }
