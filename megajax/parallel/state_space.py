@@ -178,7 +178,7 @@ class _Parts:
         if S // self.each < back:
             raise ConfigError(
                 f"the {S // self.each} tokens that context_parallel_size leaves together are fewer than the {back} that"
-                " a convolution looks back at (mamba_d_conv - 1); lower context_parallel_size"
+                " a convolution looks back at; lower context_parallel_size"
             )
         projected = jax.tree.map(self._folded, projected)
         ends = [a[:, a.shape[1] - back :] for a in projected[:3]]

@@ -62,7 +62,6 @@ def make_optimizer(
       ConfigError: the options of Muon contradict each other.
     """
 
-
     def role(path: tuple[str, ...], axes: Axes) -> str:
         if path[0] in frozen:
             return "frozen"
