@@ -17,7 +17,7 @@ _TOWER_LAYERS_USED = -2
 
 def _llava15(language_model: str) -> LLaVAConfig:
     """arXiv:2310.03744: CLIP ViT-L/14 at 336 pixels, without its last layer, and Vicuna 1.5, a Llama 2."""
-    language = LANGUAGE_MODELS[language_model]().replace(vocab_size=32064, max_sequence_length=4096)
+    language = LANGUAGE_MODELS[language_model]().replace(vocab_size=32064, make_vocab_size_divisible_by=64)
     tower = TOWERS["clip-vit-l-14-336"]()
     fields = [f.name for f in dataclasses.fields(TransformerConfig) if f.init and f.name not in language._derived]
     return LLaVAConfig(
