@@ -194,7 +194,7 @@ ENABLERS = {
 REACHABLE = [
     name
     for name, flag in cli_flags.flags_of(TransformerConfig).items()
-    if not flag.is_record and name not in ("cp_comm_type", "hierarchical_context_parallel_sizes")
+    if not flag.is_record and name not in ("cp_comm_type", "hierarchical_context_parallel_sizes", "mrope_section")
 ]
 
 
