@@ -23,6 +23,7 @@ StateDict = Mapping[str, np.ndarray]
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _FUSED = {
     "self_attention": ("linear_qkv", ("linear_q", "linear_gate", "linear_k", "linear_v")),
+    "cross_attention": ("linear_kv", ("linear_k", "linear_v")),
     "mlp": ("linear_fc1", ("linear_gate", "linear_fc1")),
 }
 """Sublayer -> Megatron's fused linear, and the linears it holds, in the order of its rows."""
@@ -167,7 +168,7 @@ def tensors_of(prefix: str, parts: Iterable[Part], *, skip: int = 0, query_group
         name, position = _megatron_name(_own_path(part)[skip:])
         named.setdefault(name, {})[position] = part
     for name, positions in named.items():
-        groups = query_groups if ".linear_qkv." in f".{name}" else 1
+        groups = query_groups if re.search(r"(^|\.)linear_q?kv\.", name) else 1
         yield Tensor(prefix + name, tuple(positions[i] for i in sorted(positions)), groups)
 
 

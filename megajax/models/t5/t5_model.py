@@ -1,0 +1,218 @@
+"""T5Model: an encoder that reads a text, and a decoder that writes another one."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B batch, S decoder sequence, T encoder sequence, D hidden, V vocabulary
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from megajax.backends import BackendSpecProvider, LocalSpecProvider
+from megajax.config import ConfigError, TransformerConfig
+from megajax.models.common.arguments import with_arguments
+from megajax.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megajax.models.common.embeddings.positions import rotary_embedding
+from megajax.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
+from megajax.models.common.language_module.language_module import (
+    OutputLayer,
+    language_model_logits,
+    language_model_loss,
+    language_model_loss_sum,
+)
+from megajax.models.t5.t5_config import T5Config
+from megajax.models.t5.t5_layer_specs import get_t5_decoder_spec, get_t5_encoder_spec
+from megajax.ops.attention import AttentionMask
+from megajax.ops.cross_entropy import FusedLoss
+from megajax.parallel.sharding import constrain
+from megajax.spec import Builder
+from megajax.transformer.block import LayerInputs, TransformerBlock
+
+Array = jax.Array
+Spec = Builder | tuple[Builder, ...]
+
+
+class T5Model(nn.Module):
+    """An encoder and a decoder with one embedding. Megatron: `core/models/T5/t5_model.py`.
+
+    Attributes:
+      config: architecture, a `T5Config` or a plain `TransformerConfig`. The fields below the specs that have the name
+        of an option replace it, where given.
+      transformer_encoder_layer_spec, transformer_decoder_layer_spec: builder of one layer, used for all of a stack; or
+        a tuple with one for each. None is `get_t5_encoder_spec(config, backend)`, and that of the decoder.
+      backend: supplies the final norms.
+
+    Example:
+      >>> config = T5Config(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100)
+      >>> model = T5Model(config)
+      >>> variables = model.init(jax.random.key(0), text, written)
+      >>> logits = model.apply(variables, text, written, encoder_mask=text != 0)
+    """
+
+    config: TransformerConfig
+    transformer_encoder_layer_spec: Spec | None = None
+    transformer_decoder_layer_spec: Spec | None = None
+    vocab_size: int | None = None
+    max_sequence_length: int | None = None
+    position_embedding_type: str | None = None
+    rotary_percent: float | None = None
+    seq_len_interpolation_factor: float | None = None
+    relative_attention_num_buckets: int | None = None
+    relative_attention_max_distance: int | None = None
+    share_embeddings_and_output_weights: bool | None = None
+    encoder_num_layers: int | None = None
+    add_decoder: bool | None = None
+    backend: BackendSpecProvider = LocalSpecProvider()
+
+    @property
+    def resolved_config(self) -> T5Config:
+        """`config` with this model's own arguments put in."""
+        return with_arguments(self.config, T5Config, self)
+
+    @property
+    def encoder_layer_specs(self) -> tuple[Builder, ...]:
+        """One builder for each layer of the encoder."""
+        cfg = self.resolved_config.encoder_config
+        spec = self.transformer_encoder_layer_spec or get_t5_encoder_spec(cfg, self.backend)
+        return spec if isinstance(spec, tuple) else (spec,) * cfg.num_layers
+
+    @property
+    def layer_specs(self) -> tuple[Builder, ...]:
+        """One builder for each layer of the decoder."""
+        cfg = self.resolved_config
+        spec = self.transformer_decoder_layer_spec or get_t5_decoder_spec(cfg, self.backend)
+        return spec if isinstance(spec, tuple) else (spec,) * cfg.num_layers
+
+    def setup(self) -> None:
+        cfg = self.resolved_config
+        norm = self.backend.layer_norm(cfg)
+        self.embedding = LanguageModelEmbedding(cfg)
+        self.rotary_pos_emb = rotary_embedding(cfg)
+        self.encoder = TransformerBlock(cfg.encoder_config, self.encoder_layer_specs, norm)
+        relative = cfg.position_embedding_type == "relative"
+        if relative:
+            self.encoder_relative_pos_emb = self._relative(cfg, bidirectional=True)
+        if not cfg.add_decoder:
+            return
+        self.decoder = TransformerBlock(cfg, self.layer_specs, norm)
+        if relative:
+            self.decoder_relative_pos_emb = self._relative(cfg, bidirectional=False)
+        tied = cfg.share_embeddings_and_output_weights
+        self.output_layer = OutputLayer(cfg, use_kernel=not tied, use_bias=bool(cfg.output_layer_bias))
+
+    @staticmethod
+    def _relative(cfg: T5Config, *, bidirectional: bool) -> RelativePositionEmbedding:
+        return RelativePositionEmbedding(
+            bidirectional=bidirectional,
+            num_attention_heads=cfg.num_attention_heads,
+            relative_attention_num_buckets=cfg.relative_attention_num_buckets,
+            relative_attention_max_distance=cfg.relative_attention_max_distance,
+            init_method_std=cfg.init_method_std,
+            params_dtype=cfg.params_dtype,
+        )
+
+    def __call__(
+        self,
+        encoder_input: Array,
+        decoder_input: Array | None = None,
+        *,
+        encoder_mask: Array | None = None,
+        decoder_mask: Array | None = None,
+        encoder_hidden_states: Array | None = None,
+        labels: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Logits fp32 [B, S, V]; with labels the loss of each token instead, fp32 [B, S], unreduced as in Megatron.
+
+        Without a decoder, or without `decoder_input`, the encoder's output [B, T, D].
+
+        Args:
+          encoder_input: int [B, T], the text to read.
+          decoder_input: int [B, S], what is written, one token behind the labels.
+          encoder_mask: [B, T], True (or 1) = attend; default: all. Hidden tokens are not seen by any other.
+          decoder_mask: [B, S], likewise, on top of causality.
+          encoder_hidden_states: the encoder's output where it is known already.
+          labels: int [B, S]. -1, -100 and other ids outside the vocabulary are not ignored: mask.
+          deterministic: False draws dropout from the "dropout" rng.
+        """
+        if encoder_hidden_states is None:
+            encoder_hidden_states = self.encode(encoder_input, encoder_mask=encoder_mask, deterministic=deterministic)
+        cfg = self.resolved_config
+        if decoder_input is None or not cfg.add_decoder:
+            return encoder_hidden_states
+        hidden_BSD = self.decode(
+            decoder_input,
+            encoder_hidden_states,
+            encoder_mask=encoder_mask,
+            decoder_mask=decoder_mask,
+            deterministic=deterministic,
+        )
+        logits = language_model_logits(hidden_BSD, self.output_weight(), cfg, self._bias())
+        return logits if labels is None else language_model_loss(logits, labels, cfg)
+
+    def encode(self, encoder_input: Array, *, encoder_mask: Array | None = None, deterministic: bool = True) -> Array:
+        """The encoder's output [B, T, D]. Arguments as for `__call__`."""
+        T = encoder_input.shape[1]
+        bias = self.encoder_relative_pos_emb(T, T) if self._is_relative else None
+        mask = AttentionMask(keep=_keys(encoder_mask), bias=bias)
+        x_BTD, inputs = self._embedded(encoder_input, mask, deterministic)
+        return self.encoder(x_BTD, inputs, deterministic=deterministic)
+
+    def decode(
+        self,
+        decoder_input: Array,
+        encoder_hidden_states: Array,
+        *,
+        encoder_mask: Array | None = None,
+        decoder_mask: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
+        cfg, S = self.resolved_config, decoder_input.shape[1]
+        bias = self.decoder_relative_pos_emb(S, S) if self._is_relative else None
+        mask = AttentionMask(causal=True, keep=_keys(decoder_mask), bias=bias)
+        x_BSD, inputs = self._embedded(decoder_input, mask, deterministic)
+        # Gathered once from sequence parallelism, for the keys and values of all layers.
+        context_BTD = constrain(encoder_hidden_states, "batch", "seq", "act_embed")
+        inputs = inputs._replace(context=context_BTD, context_mask=AttentionMask(keep=_keys(encoder_mask)))
+        hidden_BSD = self.decoder(x_BSD, inputs, deterministic=deterministic)
+        return hidden_BSD * cfg.hidden_size**-0.5 if cfg.scale_decoder_outputs else hidden_BSD
+
+    def loss_sum(
+        self, encoder_input: Array, decoder_input: Array, labels: Array, weights: Array, *,
+        encoder_mask: Array | None = None, decoder_mask: Array | None = None, deterministic: bool = True,
+    ) -> FusedLoss:  # fmt: skip
+        """`sum(weights * loss of each token)` for training: as `__call__(labels=...)`, in less memory.
+
+        labels int [B, S], weights fp32 [B, S]; other arguments as for `__call__`.
+        """
+        cfg = self.resolved_config
+        if not cfg.add_decoder:
+            raise ConfigError("add_decoder=False leaves nothing to train; drop it")
+        given: dict[str, Any] = {"encoder_mask": encoder_mask, "deterministic": deterministic}
+        context_BTD = self.encode(encoder_input, **given)
+        hidden_BSD = self.decode(decoder_input, context_BTD, decoder_mask=decoder_mask, **given)
+        return language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, cfg, self._bias())
+
+    @property
+    def _is_relative(self) -> bool:
+        return self.resolved_config.position_embedding_type == "relative"
+
+    def _embedded(self, tokens: Array, mask: AttentionMask, deterministic: bool) -> tuple[Array, LayerInputs]:
+        position_ids = jnp.arange(tokens.shape[1])[None, :]
+        x = self.embedding(tokens, position_ids, deterministic=deterministic)
+        return x, LayerInputs(mask, None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids))
+
+    def _bias(self) -> Array | None:
+        return self.output_layer.bias if self.resolved_config.output_layer_bias else None
+
+    def output_weight(self) -> Array:
+        """The matrix from hidden states to logits, [D, padded vocabulary]."""
+        if self.resolved_config.share_embeddings_and_output_weights:
+            return self.embedding.word_embeddings.embedding.T
+        return self.output_layer()
+
+
+def _keys(mask: Array | None) -> Array | None:
+    """A mask of tokens as one of keys, [B, 1, 1, T]."""
+    return None if mask is None else mask.astype(bool)[:, None, None, :]
