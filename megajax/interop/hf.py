@@ -53,8 +53,10 @@ def load(path: Path, *, make_vocab_size_divisible_by: int = 1) -> Pretrained:
         is_base and architecture.head is not None
     ):  # no head in the file: logits, if anyone asks for them, come from the embedding
         values["tie_word_embeddings"] = True
-    config = architecture.read_config(values).replace(make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     table = {architecture.current_name(name): entry for name, entry in tensor_table(folder).items()}
+    if _has_own_head(architecture, table):
+        values["tie_word_embeddings"] = False
+    config = architecture.read_config(values).replace(make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     config = config.replace(params_dtype=_common_dtype(architecture, table))
     model = architecture.build(config)
     prefix = architecture.prefix if any(name.startswith(architecture.prefix) for name in table) else ""
@@ -132,6 +134,13 @@ def _second_head(
     """Takes a tied model's copy of the embedding out of `table`."""
     head = architecture.head
     return table.pop(head.name, None) if head is not None and config.share_embeddings_and_output_weights else None
+
+
+def _has_own_head(architecture: Architecture, table: Mapping[str, TensorEntry]) -> bool:
+    """Whether the file holds an output layer of its own, whatever its config.json says."""
+    names = (architecture.head and architecture.head.name, architecture.tied_to)
+    head, embedding = (table.get(name or "") for name in names)
+    return head is not None and embedding is not None and not np.array_equal(head.read(), embedding.read())
 
 
 def _require_tied(name: str, head: TensorEntry, embedding: np.ndarray) -> None:

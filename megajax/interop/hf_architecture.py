@@ -57,6 +57,8 @@ class Architecture:
       prefix: what the names of all but the head's tensors start with; files of `base` leave it out.
       rows: tensors outside the layers, without the prefix. layer_rows: those of each layer.
       head: the output layer's tensor.
+      tied_to: the embedding's tensor, where files say that the head is tied to it even if it is not: if a head is there
+        and differs, it is not.
       ignored: pattern of names, without the prefix, that hold no weights.
       older_names: (pattern, replacement) of names in files that other versions wrote, to those that are read here.
       config_type: what `read` gives the arguments of.
@@ -77,6 +79,7 @@ class Architecture:
     rows: tuple[Row, ...] = ()
     layer_rows: tuple[Row, ...] = ()
     head: Row | None = HEAD
+    tied_to: str | None = None
     ignored: str = r"(?!)"
     older_names: tuple[tuple[str, str], ...] = ()
     config_type: type[TransformerConfig] = TransformerConfig

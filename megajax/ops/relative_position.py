@@ -36,7 +36,7 @@ def relative_position_bucket(
 
 
 def by_distance(values_NL: Array, S: int, T: int) -> Array:
-    """values of the distances -(S - 1) .. T - 1, L = S + T - 1 -> [N, S, T], where query i and key j have that of j - i.
+    """values of the distances 1 - S .. T - 1, L = S + T - 1 -> [N, S, T], where query i and key j have that of j - i.
 
     By shifting rows, not by a gather, whose gradient would be a scatter of N S T numbers into few.
     """
