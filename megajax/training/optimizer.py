@@ -71,7 +71,11 @@ def make_optimizer(
     optimizer = _make_optimizer(config, logical_axes)
     if set(jax.tree.leaves(roles)) == {"trained"}:
         return optimizer
-    parts = {"trained": optimizer, "balanced": balance_experts(bias_update_rate), "frozen": optax.set_to_zero()}
+    parts: dict[Any, optax.GradientTransformation] = {
+        "trained": optimizer,
+        "balanced": balance_experts(bias_update_rate),
+        "frozen": optax.set_to_zero(),
+    }
     return optax.partition(parts, roles)
 
 

@@ -83,14 +83,14 @@ def _read(fields: Fields) -> dict[str, Any]:
 
 def _read_tower(fields: Fields) -> tuple[Any, CLIPConfig]:
     values = fields.take("vision_config")
-    given = {"model_type": "clip_vision_model"} | (_VICUNA_TOWER if values is None else dict(values))
+    given: dict[str, Any] = {"model_type": "clip_vision_model"} | (_VICUNA_TOWER if values is None else dict(values))
     if given["model_type"] not in _TOWERS:
         raise ConfigError(
             f"config.json: vision_config.model_type={given['model_type']!r} is not supported; known:"
             f" {', '.join(_TOWERS)}"
         )
     kind, architecture = _TOWERS[given["model_type"]]
-    defaults = architecture.defaults | (_VICUNA_TOWER if kind == "clip" else {})
+    defaults = {**architecture.defaults, **(_VICUNA_TOWER if kind == "clip" else {})}
     for name in ("vocab_size", "projection_dim"):  # of the pair that the tower was a part of
         given.pop(name, None)
     part = Fields(given, defaults)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 
 from megajax.backends import BackendSpecProvider, LocalSpecProvider
 from megajax.config import ConfigError
@@ -69,7 +70,7 @@ class LLaVAModel(nn.Module):
     def build_tower(self) -> Any:
         """The vision tower, without parameters."""
         tower = self.config.vision_config
-        by_type = RADIOModel if isinstance(tower, RADIOConfig) else CLIPVisionTransformer
+        by_type: Any = RADIOModel if isinstance(tower, RADIOConfig) else CLIPVisionTransformer
         return (self.vision_model_spec or by_type)(config=tower, backend=self.backend)
 
     @nn.nowrap
@@ -253,7 +254,7 @@ class LLaVAModel(nn.Module):
         cfg = self.config
         if cfg.image_placeholders == "each" or self.is_initializing():
             return tokens.shape[1]
-        if isinstance(tokens, jax.core.Tracer) or isinstance(num_image_tiles, jax.core.Tracer):
+        if any(isinstance(given, Tracer) for given in (tokens, num_image_tiles)):
             if cfg.max_sequence_length is None:
                 raise ConfigError("max_sequence_length=None; the length of traced text with images in it needs it")
             return cfg.max_sequence_length

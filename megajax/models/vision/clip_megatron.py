@@ -51,7 +51,7 @@ def vision_arguments(
 ) -> dict[str, Any]:
     """Arguments of a `VisionConfig` for Megatron's settings, class tokens and norms left out."""
     positions = {"position_embedding_type": "learned_absolute", **fields}
-    return config_arguments(positions, model_kwargs, family=family, argument_rules=MODEL_ARGUMENTS | rules)
+    return config_arguments(positions, model_kwargs, family=family, argument_rules={**MODEL_ARGUMENTS, **rules})
 
 
 def read_config(

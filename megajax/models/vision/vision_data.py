@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def load_digits() -> DigitSplits:
         raise ConfigError(
             "the default images are those of scikit-learn, which is not installed; pip install 'megajax[vision]'"
         ) from None
-    bunch = load()
+    bunch: Any = load()
     order = np.random.default_rng(0).permutation(len(bunch.target))
     gray = (bunch.images[order].astype(np.float32) / 8.0 - 1.0)[:, None]
     images, labels = np.repeat(gray, 3, axis=1), bunch.target[order].astype(np.int32)

@@ -34,9 +34,15 @@ class Layout:
         return f"{self.devices}dev-tp{self.tp}{'-sp' * self.sp}-zero{self.zero}"
 
 
-_SIZES = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "init_method_std": 0.3}
-_QUIET = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-_IMAGES = {"img_h": SIDE, "img_w": SIDE, "patch_dim": 2}
+_SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 48,
+    "init_method_std": 0.3,
+}
+_QUIET: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+_IMAGES: dict[str, Any] = {"img_h": SIDE, "img_w": SIDE, "patch_dim": 2}
 MODELS: dict[str, Any] = {
     "clip": CLIPConfig(
         **_SIZES, **_QUIET, **_IMAGES, ln_pre=True, ln_post="pooled", pooler="class_token", projection_dim=16,
@@ -102,9 +108,14 @@ def _batches(model: str) -> list[dict[str, np.ndarray]]:
             text = rng.integers(VOCAB, size=(BATCH, 10)).astype(np.int32)
             text[np.arange(BATCH), rng.integers(9, size=BATCH)] = -200
             mask = (rng.random((BATCH, SLOTS)) < 0.8).astype(np.float32)
-            batch = {"images": images[:, None], "tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask}
+            batch: dict[str, Any] = {
+                "images": images[:, None],
+                "tokens": text[:, :-1],
+                "labels": text[:, 1:],
+                "loss_mask": mask,
+            }
         else:
-            batch = {"images": images, "loss_mask": (rng.random((BATCH, 1)) < 0.8).astype(np.float32)}
+            batch: dict[str, Any] = {"images": images, "loss_mask": (rng.random((BATCH, 1)) < 0.8).astype(np.float32)}
             if model == "radio":
                 batch["labels"] = rng.integers(10, size=(BATCH, 1)).astype(np.int32)
             else:
