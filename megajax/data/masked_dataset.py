@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import os
@@ -95,9 +96,11 @@ def mask_tokens(
     order = list(range(len(words)))
     random.shuffle(order)
     found = _Chosen(words, limit, config)
+    # The limit is seldom a whole number, so that Megatron goes on to the last word; only what comes after it can tell.
+    enough = limit if config.masking_do_permutation else int(limit)
     masked, spans = list(tokens), []
     for start in order:
-        if len(found.positions) >= limit:
+        if len(found.positions) >= enough:
             break
         run = found.run(start, random)
         if run is None:
@@ -106,8 +109,8 @@ def mask_tokens(
             masked[position] = replacement(random, tokens[position])
         spans.append((run, [tokens[position] for position in run]))
     labels = {position: tokens[position] for run, _ in spans for position in run}
-    random.shuffle(order)
     if config.masking_do_permutation:
+        random.shuffle(order)
         labels |= _permute(masked, order, found, limit, random, permutation_random)
     return Masked(masked, labels, sorted(spans, key=lambda span: span[0][0]))
 
@@ -139,8 +142,8 @@ class _Chosen:
         chances = chances / chances.sum()
         chances = chances[::-1] if config.masking_use_longer_ngrams else chances
         chances = chances / chances.sum()
-        self.cumulative = np.cumsum(chances)
-        self.cumulative /= self.cumulative[-1]
+        cumulative = np.cumsum(chances)
+        self.cumulative = (cumulative / cumulative[-1]).tolist()
 
     def run(self, start: int, random: RandomState) -> list[int] | None:
         """Chooses a run that begins at word `start`, shortened to what the limit leaves; None if it cannot be."""
@@ -148,7 +151,7 @@ class _Chosen:
         if config.masking_use_geometric_distribution:
             length = min(int(random.geometric(_GEOMETRIC_P)), config.masking_max_ngram)
         else:  # `random.choice` without its checks
-            length = 1 + int(self.cumulative.searchsorted(random.random_sample(), side="right"))
+            length = 1 + bisect.bisect_right(self.cumulative, random.random_sample())
         for n in range(length, 0, -1):
             positions = [position for word in self.words[start : start + n] for position in word]
             if self.limit >= len(self.positions) + len(positions):

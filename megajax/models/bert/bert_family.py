@@ -40,15 +40,15 @@ DEFAULT = Config(
     optimizer=OptimizerConfig(
         optimizer="muon",
         muon_use_nesterov=True,
-        lr=1.5e-2,
-        min_lr=1e-3,
+        lr=4e-3,
+        min_lr=4e-4,
         lr_decay_style="cosine",
         lr_warmup_fraction=0.05,
         adam_beta2=0.95,
         weight_decay=0.1,
     ),
     data=DataConfig(seq_length=128),
-    train=TrainConfig(train_iters=1500, micro_batch_size=16),
+    train=TrainConfig(train_iters=500, micro_batch_size=32),
 )
 _HELD_OUT = 256
 """Samples that the epilogue looks at."""

@@ -159,7 +159,7 @@ def baseline(config: Config, datasets: Datasets) -> tuple[str, float]:
 
 
 def epilogue(finished: Finished) -> Iterable[str]:
-    """Tokens of missing spans found in held-out text, against the best that context has no part in; a text filled in."""
+    """Tokens of missing spans found in held-out text, against the best without context; a text filled in."""
     import jax
     import numpy as np
 
