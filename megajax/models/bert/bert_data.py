@@ -123,7 +123,9 @@ class BertDataset:
             text += [*second, special["sep"]]
         masked = mask_tokens(
             text, target, config.masking, self._vocabulary, self._replacement, random,
-            np.random.RandomState((config.masking.permutation_seed + index) % 2**32),
+            np.random.RandomState((config.masking.permutation_seed + index) % 2**32)
+            if config.masking.masking_do_permutation
+            else random,
         )  # fmt: skip
         padding = config.sequence_length - len(text)
         tokens = np.pad(np.array(masked.tokens, np.int64), (0, padding), constant_values=special["pad"])
