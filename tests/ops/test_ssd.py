@@ -74,7 +74,7 @@ def test_a_state_before_can_be_added_afterwards(reset):
     starts = jnp.asarray(it["starts"]) if reset else None
     scan = jax.jit(ssd.ssd_scan, static_argnames="chunk_size")
     y, final = scan(x, dt, A, b, c, None, starts, chunk_size=8)
-    y += ssd.ssd_of_state(dt, A, c, it["state"], starts)
+    y += ssd.ssd_of_state(dt, A, c, it["state"], starts)  # pyright: ignore
     final += ssd.ssd_kept(dt, A, starts)[..., None, None] * it["state"]
     wanted = scan(x, dt, A, b, c, it["state"], starts, chunk_size=8)
     np.testing.assert_allclose(y, wanted[0], atol=2e-5, rtol=2e-5)
@@ -90,7 +90,7 @@ def test_gradients_do_not_depend_on_chunks_and_are_finite_where_decays_underflow
     @functools.partial(jax.jit, static_argnums=1)
     def gradients(values, chunk_size):
         def loss(values):
-            y, state = ssd.ssd_scan(*(values[name] for name in names), it["starts"], chunk_size=chunk_size)
+            y, state = ssd.ssd_scan(*(values[name] for name in names), it["starts"], chunk_size=chunk_size)  # pyright: ignore
             return jnp.sum(jnp.sin(y)) + jnp.sum(state**2) / 1e4
 
         return jax.grad(loss)(values)
@@ -127,5 +127,5 @@ def test_gated_norm():
     y, gate, scale = rng.normal(size=(B, 3, 12)), rng.normal(size=(B, 3, 12)), rng.normal(size=12)
     product = (y * gate / (1 + np.exp(-gate))).reshape(B, 3, G, 6)
     wanted = (product / np.sqrt((product**2).mean(-1, keepdims=True) + 1e-3)).reshape(y.shape) * scale
-    found = ssd.gated_group_rms_norm(y, gate, scale, groups=G, epsilon=1e-3)
+    found = ssd.gated_group_rms_norm(y, gate, scale, groups=G, epsilon=1e-3)  # pyright: ignore
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
