@@ -82,7 +82,7 @@ def _samples_of(
 def _uint32_stream(seed: int) -> Iterator[int]:
     """`std::mt19937(seed)`."""
     generator = np.random.MT19937()
-    generator.state = np.random.RandomState(seed).get_state(legacy=False)
+    generator.state = np.random.RandomState(seed).get_state(legacy=False)  # pyright: ignore
     while True:
         yield from generator.random_raw(_BLOCK).tolist()
 

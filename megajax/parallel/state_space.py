@@ -120,7 +120,7 @@ class _Region:
             axis_names={*SEQ, *to.heads},
             check_vma=False,
         )
-        return region(projected, dynamics, segment_ids)
+        return region(projected, dynamics, segment_ids)  # pyright: ignore
 
     def _on_device(
         self, dtype: jnp.dtype, projected: Projected, dynamics: Dynamics, segment_ids: Array | None

@@ -15,7 +15,7 @@ from megajax.models.bert.bert_config import BertConfig
 from megajax.models.bert.bert_model import BertModel
 from megajax.models.family import MegatronWeights
 
-_ARGUMENTS: Mapping[str, Rule] = MODEL_ARGUMENTS | {
+_ARGUMENTS: Mapping[str, Rule] = MODEL_ARGUMENTS | {  # pyright: ignore
     "num_tokentypes": Mapped(lambda value, _: {"num_tokentypes": value}),
     "add_binary_head": Mapped(lambda value, _: {"add_binary_head": value}),
     "apply_lm_head": Mapped(lambda value, _: {"transform_lm_head": value}),
