@@ -147,7 +147,7 @@ def test_other_classes_and_options_equal_transformers(name: str, tmp_path: Path)
     output = pretrained.model.apply(
         {"params": pretrained.params}, expected["input_ids"], *written, encoder_mask=expected["attention_mask"]
     )
-    np.testing.assert_allclose(output, expected["lm"], atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(output, expected["lm"], atol=2e-5, rtol=1e-4)  # pyright: ignore
     hf.save(pretrained, tmp_path)
     _equal_files(tmp_path, folder)
     assert hf.load(tmp_path).config == pretrained.config
