@@ -64,10 +64,17 @@ class Mixed(NamedTuple):
     c: Array
 
 
-def document_starts(segment_ids_BS: Array, last_B1: Array | None = None) -> Array:
-    """bool [B, S]: tokens of another document than the one before; last: the document of what came before the first."""
-    before = segment_ids_BS[:, :1] if last_B1 is None else last_B1
-    return segment_ids_BS != jnp.concatenate([before, segment_ids_BS[:, :-1]], axis=1)
+def document_starts(segment_ids_BS: Array, window_BW: Array | None = None, *, back: int) -> Array:
+    """bool [B, back + S]: which of the tokens, and of the `back` ones before them, are of another document than the one
+    before.
+
+    window: the documents of W tokens before the first, at least `back` of them and one; None: there were none.
+    """
+    if window_BW is None:
+        window_BW = jnp.repeat(segment_ids_BS[:, :1], max(back, 1), axis=1)
+    ids = jnp.concatenate([window_BW, segment_ids_BS], axis=1)
+    starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    return starts[:, window_BW.shape[1] - back :]
 
 
 def empty_window(projected: Projected, dynamics: Dynamics) -> Window:
@@ -89,15 +96,14 @@ def mix(
 
     Args:
       window, state: what the tokens before left behind; None: there were none.
-      starts: bool [B, S], True where a document starts.
+      starts: bool [B, K - 1 + S], True where a document starts, the tokens of the window included.
     """
     B, S, H = projected.dt.shape
     back = dynamics.x.kernel.shape[0] - 1
     window = empty_window(projected, dynamics) if window is None else window
     longer = [jnp.concatenate([w, a], axis=1) for w, a in zip(window, projected[:3], strict=True)]
-    extended = None if starts is None else jnp.pad(starts, ((0, 0), (back, 0)))
     x, b, c = (
-        causal_conv1d(a, convolution.kernel, convolution.bias, extended)
+        causal_conv1d(a, convolution.kernel, convolution.bias, starts)
         for a, convolution in zip(longer, dynamics[:3], strict=True)
     )
     x_BSHP = x.reshape(B, S, H, sizes.head_dim)
@@ -106,7 +112,7 @@ def mix(
         y, state = ssd_step(x_BSHP[:, 0], projected.dt[:, 0], dynamics.A, b_BSGN[:, 0], c_BSGN[:, 0], state)
         y = y[:, None]
     else:
-        chunk_size = sizes.chunk_size
+        chunk_size, starts = sizes.chunk_size, None if starts is None else starts[:, back:]
         y, state = ssd_scan(x_BSHP, projected.dt, dynamics.A, b_BSGN, c_BSGN, state, starts, chunk_size=chunk_size)
     y = (y + dynamics.D * x_BSHP.astype(jnp.float32)).astype(x.dtype)
     return Mixed(y, Window(*(a[:, a.shape[1] - back :] for a in longer)), state, c_BSGN)

@@ -51,9 +51,14 @@ def state_space(
     """
     layout = _Layout.in_context()
     if layout is None:
-        starts = None if segment_ids is None else document_starts(segment_ids)
-        return mix(projected, dynamics, sizes, starts=starts).y
+        return _mix_whole(projected, dynamics, sizes, segment_ids)
     return _Region(layout, sizes, zigzag and layout.cp > 1)(projected, dynamics, segment_ids)
+
+
+def _mix_whole(projected: Projected, dynamics: Dynamics, sizes: Sizes, segment_ids: Array | None) -> Array:
+    back = dynamics.x.kernel.shape[0] - 1
+    starts = None if segment_ids is None else document_starts(segment_ids, back=back)
+    return mix(projected, dynamics, sizes, starts=starts).y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +133,7 @@ class _Region:
         projected, dynamics, sizes = self._needed_groups(projected, dynamics)
         projected = projected._replace(b=projected.b.astype(dtype), c=projected.c.astype(dtype))
         if self.layout.cp * self.layout.ulysses == 1:
-            starts = None if segment_ids is None else document_starts(segment_ids)
-            return mix(projected, dynamics, sizes, starts=starts).y
+            return _mix_whole(projected, dynamics, sizes, segment_ids)
         return _Parts.of(self.layout, self.zigzag).mix(projected, dynamics, sizes, segment_ids)
 
     def _needed_groups(self, projected: Projected, dynamics: Dynamics) -> tuple[Projected, Dynamics, Sizes]:
@@ -183,15 +187,16 @@ class _Parts:
         projected = jax.tree.map(self._folded, projected)
         ends = [a[:, a.shape[1] - back :] for a in projected[:3]]
         window = Window(*(self._of_the_part_before(self._gathered(end)) for end in ends))
-        starts = None
+        starts = of_tokens = None
         if segment_ids is not None:
             segment_ids = self._folded(segment_ids)
-            last = self._of_the_part_before(self._gathered(segment_ids[:, -1:]))
-            starts = document_starts(segment_ids, last)
+            ends_here = self._gathered(segment_ids[:, -max(back, 1) :])
+            starts = document_starts(segment_ids, self._of_the_part_before(ends_here), back=back)
+            of_tokens = starts[:, back:]
         mixed = mix(projected, dynamics, sizes, window=window, starts=starts)
-        kept = self._gathered(ssd_kept(projected.dt, dynamics.A, starts))
+        kept = self._gathered(ssd_kept(projected.dt, dynamics.A, of_tokens))
         entering = self._entering(self._gathered(mixed.state), kept)
-        y = mixed.y + ssd_of_state(projected.dt, dynamics.A, mixed.c, entering, starts).astype(mixed.y.dtype)
+        y = mixed.y + ssd_of_state(projected.dt, dynamics.A, mixed.c, entering, of_tokens).astype(mixed.y.dtype)
         return y.reshape(B, S, *y.shape[2:])
 
     def _folded(self, a: Array) -> Array:
@@ -213,9 +218,8 @@ class _Parts:
         return mine.reshape(-1, *mine.shape[2:])
 
     def _of_the_part_before(self, parts: list[Array]) -> Array:
-        """What each part of this device finds before it; zeros before the first, or its own document."""
-        first = jnp.zeros_like(parts[0]) if jnp.issubdtype(parts[0].dtype, jnp.floating) else parts[0]
-        return self._mine([first, *parts[:-1]])
+        """What each part of this device finds before it; zeros before the first."""
+        return self._mine([jnp.zeros_like(parts[0]), *parts[:-1]])
 
     def _entering(self, states: list[Array], kept: list[Array]) -> Array:
         """The state before each part of this device."""
