@@ -17,7 +17,8 @@ recompute_granularity recompute_method recompute_num_layers recompute_modules la
 make_vocab_size_divisible_by attention_softmax_in_fp32 apply_query_key_layer_scaling fp32_residual_connection
 moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_router_load_balancing_type moe_router_bias_update_rate
 moe_token_dispatcher_type mtp_loss_scaling_factor freeze_language_model freeze_vision_model freeze_vision_projection
-mask_prob short_seq_prob vocab_extra_ids decoder_seq_length _derived"""
+mask_prob short_seq_prob vocab_extra_ids decoder_seq_length mamba_expand mamba_chunk_size mamba_a_init_range
+mamba_dt_min mamba_dt_max mamba_dt_init_floor mamba_conv_init _derived"""
 _EXPERTS_ONLY = ("moe_", "num_moe_")
 _LATENT_ONLY = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _NOT_LATENT = ("kv_channels", "num_query_groups", "softmax_scale")

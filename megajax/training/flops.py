@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from megajax.config import TransformerConfig
 
-_PER_PARAMETER = 6
+PER_PARAMETER = 6
 """A multiply and an add, forward and twice backward."""
 
 _PEAK_BF16: tuple[tuple[str, float], ...] = (
@@ -66,18 +66,19 @@ def model_flops(config: TransformerConfig, *, batch_size: int, seq_length: int) 
     """
     tokens = batch_size * seq_length
     layers = range(config.num_layers)
-    per_token = sum(_attention_weights(config, i) + _mlp_weights(config, i) for i in layers)
+    per_token = sum(attention_weights(config, i) + mlp_weights(config, i) for i in layers)
     per_token += config.hidden_size * config.padded_vocab_size
-    attention = sum(_query_width(config) for i in layers if _kind(config, i, "attention") == "normal")
+    attention = sum(query_width(config) for i in layers if _kind(config, i, "attention") == "normal")
     if config.mtp_num_layers:  # each: a layer like the last, a map from two streams to one, the output layer again
         last = config.num_layers - 1
-        further = _attention_weights(config, last) + _mlp_weights(config, last) + 2 * config.hidden_size**2
+        further = attention_weights(config, last) + mlp_weights(config, last) + 2 * config.hidden_size**2
         per_token += config.mtp_num_layers * (further + config.hidden_size * config.padded_vocab_size)
-        attention += config.mtp_num_layers * _query_width(config)
-    return _PER_PARAMETER * (tokens * per_token + batch_size * seq_length**2 * attention)
+        attention += config.mtp_num_layers * query_width(config)
+    return PER_PARAMETER * (tokens * per_token + batch_size * seq_length**2 * attention)
 
 
-def _query_width(config: TransformerConfig) -> int:
+def query_width(config: TransformerConfig) -> int:
+    """Features of all query heads together."""
     if config.multi_latent_attention:  # the mean of the widths of the two products of attention
         return config.num_attention_heads * (config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim) // 2
     assert config.kv_channels is not None
@@ -92,7 +93,7 @@ def _kind(config: TransformerConfig, index: int, half: str) -> str:
     return layer.attention if half == "attention" else layer.mlp
 
 
-def _attention_weights(config: TransformerConfig, index: int) -> int:
+def attention_weights(config: TransformerConfig, index: int) -> int:
     """Weights of the projections of layer `index`, biases left out."""
     kind, hidden = _kind(config, index, "attention"), config.hidden_size
     if kind != "normal":
@@ -102,7 +103,7 @@ def _attention_weights(config: TransformerConfig, index: int) -> int:
         return _latent_attention_weights(layer)
     assert layer.kv_channels is not None
     assert layer.num_query_groups is not None
-    query, key = _query_width(layer), layer.kv_channels * layer.num_query_groups
+    query, key = query_width(layer), layer.kv_channels * layer.num_query_groups
     gate = query if layer.attention_output_gate else 0
     return hidden * (query + 2 * key + gate) + query * hidden
 
@@ -115,7 +116,7 @@ def _latent_attention_weights(layer: TransformerConfig) -> int:
     return queries + keys + heads * layer.v_head_dim * hidden
 
 
-def _mlp_weights(config: TransformerConfig, index: int) -> int:
+def mlp_weights(config: TransformerConfig, index: int) -> int:
     """Weights of the MLP of layer `index`, biases left out."""
     kind, hidden = _kind(config, index, "mlp"), config.hidden_size
     if kind != "normal":

@@ -17,7 +17,17 @@ from megajax.interop import hf
 from megajax.interop.pretrained import Pretrained
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-ORACLES = ["hf_gpt2", "hf_llama", "hf_llama3_rope", "hf_qwen3", "hf_mixtral", "hf_deepseek_v3", "hf_gpt_oss"]
+ORACLES = [
+    "hf_gpt2",
+    "hf_llama",
+    "hf_llama3_rope",
+    "hf_qwen3",
+    "hf_mixtral",
+    "hf_deepseek_v3",
+    "hf_gpt_oss",
+    "hf_mamba2",
+    "hf_nemotron_h",
+]
 OPTIONS = sorted(f"hf_options/{folder.name}" for folder in (GOLDEN / "hf_options").iterdir() if folder.is_dir())
 
 

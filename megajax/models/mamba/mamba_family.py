@@ -1,0 +1,135 @@
+"""The registry record of Mamba-2 and hybrids."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
+from megajax.models import language
+from megajax.models.family import Family
+from megajax.models.gpt import gpt_family
+from megajax.models.mamba.mamba_presets import PRESETS
+from megajax.ssm.hybrid_layer_allocation import ATTENTION, MAMBA
+from megajax.ssm.mamba_config import MambaConfig
+
+if TYPE_CHECKING:
+    from flax import linen as nn
+
+    from megajax.backends import BackendSpecProvider
+    from megajax.data.tokenizers import Tokenizer
+    from megajax.interop.hf_architecture import Architecture
+    from megajax.models.family import MegatronWeights
+
+DEFAULT = Config(
+    model_family="mamba",
+    model=MambaConfig(
+        num_layers=4,
+        hybrid_override_pattern="M-M-",
+        hidden_size=128,
+        num_attention_heads=4,
+        ffn_hidden_size=256,
+        make_vocab_size_divisible_by=128,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func="silu",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        mamba_state_dim=32,
+        mamba_head_dim=32,
+        mamba_num_groups=1,
+        mamba_chunk_size=32,
+    ),
+    optimizer=OptimizerConfig(
+        optimizer="muon",
+        muon_use_nesterov=True,
+        lr=1.5e-2,
+        min_lr=1e-3,
+        lr_decay_style="cosine",
+        lr_warmup_fraction=0.05,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+    ),
+    data=DataConfig(seq_length=128),
+    train=TrainConfig(train_iters=900, micro_batch_size=8),
+)
+
+
+def build_model(config: MambaConfig, backend: BackendSpecProvider) -> nn.Module:
+    """A `MambaModel` of layers from `backend`."""
+    from megajax.models.mamba.mamba_model import MambaModel
+
+    return MambaModel(config, backend=backend)
+
+
+def fit(config: Config, tokenizer: Tokenizer) -> Config:
+    """As for every language model; and heads that the mesh cannot divide are refused."""
+    config = language.fit(config, tokenizer)
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    assert isinstance(model, MambaConfig)
+    model.require_experts_and_their_layers()
+    if MAMBA in model.layer_pattern and (model.mamba_num_heads or 0) % tp:
+        raise ConfigError(
+            f"mamba_num_heads={model.mamba_num_heads} is not divisible by tensor_model_parallel_size={tp}; change one"
+            " of them"
+        )
+    return config
+
+
+def flops(config: MambaConfig, *, batch_size: int, seq_length: int) -> int:
+    """Model FLOPs of a training step, as `megajax.training.flops.model_flops` counts them, a sublayer at a time.
+
+    With T tokens, h = hidden_size, d = the mixer's inner size, N = mamba_state_dim and G = mamba_num_groups, a Mamba
+    layer takes 6 T h (3 d + 2 G N + heads) for its projections and 21 T d N for the state space (Megatron's count,
+    `num_floating_point_operations`).
+    """
+    from megajax.training.flops import PER_PARAMETER, attention_weights, mlp_weights, query_width
+
+    tokens, hidden, inner = batch_size * seq_length, config.hidden_size, config.mamba_inner_size
+    state = config.mamba_state_dim
+    mixer = hidden * (3 * inner + 2 * config.mamba_num_groups * state + (config.mamba_num_heads or 0))
+    total = PER_PARAMETER * tokens * hidden * config.padded_vocab_size
+    for index, kind in enumerate(config.layer_pattern):
+        if kind == MAMBA:
+            total += PER_PARAMETER * tokens * mixer + 21 * tokens * inner * state
+        elif kind == ATTENTION:
+            total += PER_PARAMETER * tokens * attention_weights(config, index)
+            total += PER_PARAMETER * batch_size * seq_length**2 * query_width(config)
+        else:
+            total += PER_PARAMETER * tokens * mlp_weights(config, index)
+    return total
+
+
+def hf() -> tuple[Architecture, ...]:
+    """Mamba-2, Nemotron-H, Bamba."""
+    from megajax.models.mamba.bamba_hf import BAMBA
+    from megajax.models.mamba.mamba2_hf import MAMBA2
+    from megajax.models.mamba.nemotron_h_hf import NEMOTRON_H
+
+    return (MAMBA2, BAMBA, NEMOTRON_H)
+
+
+def megatron() -> MegatronWeights:
+    """Megatron's names of the weights."""
+    from megajax.models.mamba.mamba_megatron import MEGATRON
+
+    return MEGATRON
+
+
+HYBRIDS = Family(
+    name="mamba",
+    config_type=MambaConfig,
+    default=DEFAULT,
+    presets=PRESETS,
+    build_model=build_model,
+    config_of=gpt_family.config_of,
+    loss=gpt_family.loss,
+    example_inputs=gpt_family.example_inputs,
+    fit=fit,
+    flops=flops,
+    pipeline_pieces=gpt_family.pipeline_pieces,
+    layer_segments=gpt_family.layer_segments,
+    hf=hf,
+    megatron=megatron,
+)
