@@ -31,6 +31,7 @@ def mixer_rows(name: str) -> tuple[Row, ...]:
 
 
 def outer_rows(embedding: str, norm: str) -> tuple[Row, ...]:
+    """The tensors of the words and of the last norm, by what the file calls them."""
     return (
         Row(f"{embedding}.weight", ("embedding/word_embeddings/embedding",), vocabulary=True),
         Row(f"{norm}.weight", ("decoder/final_layernorm/scale",)),
@@ -53,11 +54,13 @@ def _number(name: str, value: Any) -> float:
 
 
 def write_limits(config: MambaConfig) -> list[Any]:
+    """The inverse of `read_limits`."""
     high = config.mamba_dt_clamp_max
     return [config.mamba_dt_clamp_min, {"__float__": "Infinity"} if high is None else high]
 
 
 def require(fields: Fields, name: str, *only: Any) -> None:
+    """Raises ConfigError for a field that is none of `only`."""
     value = fields.take(name)
     if value not in only:
         raise ConfigError(f"config.json: {name}={value!r} is not supported; it must be {only[0]!r}")
@@ -73,6 +76,7 @@ PLAIN: Mapping[str, Any] = {"normalization": "RMSNorm", "add_bias_linear": False
 
 
 def hybrid(config: TransformerConfig) -> MambaConfig:
+    """`config`, which must be that of a hybrid."""
     assert isinstance(config, MambaConfig)
     return config
 

@@ -139,7 +139,7 @@ def test_the_pattern_of_later_versions_and_ratios():
     fields, arguments = settings_of("mcore_mamba_hybrid")
     del arguments["hybrid_override_pattern"]
     staged = megatron.load(state_dict, "mamba", fields, arguments | {"hybrid_layer_pattern": "M-M|*M-"})
-    assert staged.config.layer_pattern == "M-M*M-"
+    assert staged.config.hybrid_override_pattern == "M-M*M-"  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ConfigError, match="begins multi-token prediction"):
         megatron.load(state_dict, "mamba", fields, arguments | {"hybrid_layer_pattern": "M-M*M-/M"})
     by_ratio = arguments | {"hybrid_attention_ratio": 1 / 6, "hybrid_mlp_ratio": 1 / 3}

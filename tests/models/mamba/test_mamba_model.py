@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import pytest
 from flax import linen as nn
 
 from megajax.backends import LocalSpecProvider
-from megajax.config import ConfigError
+from megajax.config import ConfigError, TransformerConfig
 from megajax.inference.generate import init_cache
 from megajax.interop.hf_architecture import abstract_leaves
+from megajax.models.gpt.gpt_model import GPTModel
 from megajax.models.mamba.mamba_family import HYBRIDS
 from megajax.models.mamba.mamba_layer_specs import get_mamba_layer_spec
 from megajax.models.mamba.mamba_model import MambaModel
@@ -41,7 +43,7 @@ TOKENS = np.random.default_rng(0).integers(30, size=(2, 11))
 
 
 @functools.cache
-def model_and_params():
+def model_and_params() -> tuple[Any, Any]:
     model = MambaModel(TINY)
     return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS))["params"]
 
@@ -98,7 +100,8 @@ def test_options_of_the_mixer_take_part():
         "mamba_d_conv": 2,
         "mamba_dt_clamp_max": 0.01,
     }
-    model, config = MambaModel(TINY.replace(**changes)), TINY.replace(**changes)
+    config = TINY.replace(**changes)
+    model: Any = MambaModel(config)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS))["params"]
     mixer = params["decoder"]["layers_0"]["mixer"]
     assert mixer["D"].shape == (1, config.mamba_inner_size)
@@ -123,18 +126,16 @@ def test_first_weights():
 
 
 def test_a_gpt_is_a_hybrid_of_its_halves():
-    from megajax.models.gpt.gpt_model import GPTModel
-
-    hybrid = MambaModel(TINY.replace(hybrid_override_pattern="*-*-", num_moe_experts=None, moe_ffn_hidden_size=None))
+    hybrid: Any = MambaModel(
+        TINY.replace(hybrid_override_pattern="*-*-", num_moe_experts=None, moe_ffn_hidden_size=None)
+    )
     params = nn.unbox(jax.jit(hybrid.init)(jax.random.key(0), TOKENS))["params"]
     attention, mlp = params["decoder"]["layers_0"], params["decoder"]["layers_1"]
     as_gpt = params | {"decoder": params["decoder"] | {"layers": attention | mlp}}
     del as_gpt["decoder"]["layers_0"], as_gpt["decoder"]["layers_1"]
     shared = {name: getattr(hybrid.config, name) for name in ("hidden_size", "num_attention_heads", "vocab_size")}
-    from megajax.config import TransformerConfig
-
     gpt = GPTModel(TransformerConfig(num_layers=2, position_embedding_type="rope", normalization="RMSNorm", **shared))
-    wanted = gpt.apply({"params": as_gpt}, TOKENS)
+    wanted: Any = gpt.apply({"params": as_gpt}, TOKENS)
     np.testing.assert_allclose(hybrid.apply({"params": params}, TOKENS), wanted, atol=1e-5)
 
 
@@ -146,7 +147,8 @@ def test_another_core_can_be_plugged_in():
             return jnp.zeros((*projected.dt.shape, TINY.mamba_head_dim))
 
     spec = get_mamba_layer_spec(TINY, LocalSpecProvider()).replace(**{"mixer.core": Silence})
-    model = MambaModel(TINY.replace(num_moe_experts=None, moe_ffn_hidden_size=None, hybrid_override_pattern="MMMM"))
+    config = TINY.replace(num_moe_experts=None, moe_ffn_hidden_size=None, hybrid_override_pattern="MMMM")
+    model: Any = MambaModel(config)
     silent = model.clone(transformer_layer_spec=(spec,) * 4)
     params = model.init(jax.random.key(0), TOKENS)
     embedded = silent.apply(params, TOKENS, method="hidden_states")
@@ -172,7 +174,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", HYBRIDS.presets)
 def test_presets_have_the_published_number_of_parameters(name):
-    config = HYBRIDS.presets[name]()
+    config: Any = HYBRIDS.presets[name]()
     leaves = abstract_leaves(MambaModel(config), HYBRIDS.example_inputs(config, 1, 8))
     assert sum(math.prod(leaf.shape) for path, leaf in leaves.items() if "expert_bias" not in path) == COUNTS[name]
 
