@@ -19,6 +19,14 @@ _SAME = ("encoder_num_layers", "relative_attention_num_buckets", "relative_atten
 _PLUMBING = ("encoder_config", "transformer_encoder_layer_spec", "transformer_decoder_layer_spec")
 
 
+_SECOND_NAMES = {
+    "output_layer.weight": "lm_head.output_layer.weight",
+    "output_layer.bias": "lm_head.output_layer.bias",
+    "position_embeddings.weight": "embedding.position_embeddings.weight",
+}
+"""Tensors that Megatron's module holds in two places."""
+
+
 def _same(name: str) -> Mapped:
     return Mapped(lambda value, _: {name: value})
 
@@ -34,6 +42,7 @@ _ARGUMENTS: Mapping[str, Rule] = {
 def read_config(fields: Mapping[str, Any], model_kwargs: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> T5Config:
     """See `MegatronWeights.read_config`. The encoder's layers are counted where `encoder_num_layers` is not given."""
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
+    _complete(tensors)
     arguments = {"encoder_num_layers": len(layers), **with_sizes_of_tables(model_kwargs, tensors)}
     relative = "relative" in (arguments.get("position_embedding_type"), fields.get("position_embedding_type"))
     if relative:  # the common rules know positions of decoders only
@@ -42,22 +51,20 @@ def read_config(fields: Mapping[str, Any], model_kwargs: Mapping[str, Any], tens
     options = config_arguments(fields, arguments, family="t5", argument_rules=_ARGUMENTS)
     if relative:
         options["position_embedding_type"] = "relative"
-    _complete_head(tensors)
     config = T5Config(**options)
     if config.share_embeddings_and_output_weights:
         tensors.pop("lm_head.output_layer.weight", None)
     return fitted_to_tables(config, tensors)
 
 
-def _complete_head(tensors: dict[str, np.ndarray]) -> None:
-    """The output layer has two names, one of which a file may leave out."""
-    for leaf in ("weight", "bias"):
-        outer, inner = f"output_layer.{leaf}", f"lm_head.output_layer.{leaf}"
-        for name, other in ((outer, inner), (inner, outer)):
+def _complete(tensors: dict[str, np.ndarray]) -> None:
+    """Gives a tensor both of its names, one of which a file may leave out."""
+    for second, first in _SECOND_NAMES.items():
+        for name, other in ((second, first), (first, second)):
             if name in tensors:
                 tensors.setdefault(other, tensors[name])
-        if outer in tensors and not np.array_equal(tensors[outer], tensors[inner]):
-            raise ConfigError(f"{outer} differs from {inner}, which is the same tensor; drop one of them")
+        if second in tensors and not np.array_equal(tensors[second], tensors[first]):
+            raise ConfigError(f"{second} differs from {first}, which is the same tensor; drop one of them")
 
 
 def write_config(config: T5Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,7 +97,9 @@ def tensors(config: T5Config, model: Any, params: Mapping[Path, Any]) -> Iterato
     def outer(*prefix: str) -> Iterator[Tensor]:
         return outer_tensors(params, [path for path in params if path[: len(prefix)] == prefix])
 
-    yield from outer("embedding")
+    for tensor in outer("embedding"):
+        yield tensor
+        yield from (tensor._replace(name=second) for second, first in _SECOND_NAMES.items() if first == tensor.name)
     yield from outer("encoder_relative_pos_emb")
     yield from outer("decoder_relative_pos_emb")
     yield from layer_tensors(config.encoder_config, model.encoder_layer_specs, params, "encoder")
