@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, D hidden, E experts, K experts a token, F ffn hidden of an expert, L latent width
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -123,6 +124,12 @@ class ExpertLinear(nn.Module):
         return weights
 
 
+def _devices(axes: tuple[str, ...]) -> int:
+    """Devices along mesh axes."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in axes)
+
+
 class Experts(nn.Module):
     """The MLPs of all experts, each token through its own: x [B, S, D], experts and weights [B, S, K] -> [B, S, D].
 
@@ -161,7 +168,7 @@ class Experts(nn.Module):
             ids_BSK,
             weights_BSK,
             params,
-            self._mlp,
+            functools.partial(self._mlp, parts=_devices(etp)),
             num_experts=E,
             dispatcher=self._dispatcher(x_BSD.shape[0] * x_BSD.shape[1]),
             token_spec=PartitionSpec(axes("batch"), axes("residual_seq")),
@@ -182,7 +189,8 @@ class Experts(nn.Module):
             block=min(128, max(8, 1 << math.ceil(math.log2(max(rows, 1))))),
         )
 
-    def _mlp(self, params: Any, x: Array, weights: Array, groups: Groups | None) -> Array:
+    def _mlp(self, params: Any, x: Array, weights: Array, groups: Groups | None, *, parts: int) -> Array:
+        """parts: devices that share an expert; what they return is summed."""
         cfg = self.config
         activation = ACTIVATIONS[cfg.activation_func]
         weights = weights[..., None].astype(x.dtype)
@@ -195,7 +203,7 @@ class Experts(nn.Module):
             y = grouped_matmul(x, params["linear_fc2"]["kernel"], groups)
             if not cfg.add_mlp_bias:
                 return y
-            bias = grouped_bias(params["linear_fc2"]["bias"], x, groups)
+            bias = grouped_bias(params["linear_fc2"]["bias"], x, groups) / parts
             return y + (bias if cfg.moe_apply_probs_on_input else bias * weights)
 
         if cfg.moe_apply_probs_on_input:

@@ -166,7 +166,7 @@ def test_equals_one_device(layout):
 
 def test_heads_that_the_mesh_cannot_divide_are_refused():
     config = config_of(Layout(tp=8, devices=8))
-    model = config.model.replace(num_attention_heads=8, num_query_groups=8, mamba_num_heads=4, vocab_size=256)
+    model = config.model.replace(num_attention_heads=8, num_query_groups=8, mamba_num_heads=4, vocab_size=None)
     tokenizer = build_tokenizer("byte")
     with pytest.raises(ConfigError) as caught:
         fit_config(dataclasses.replace(config, model=model), FAMILIES["mamba"], tokenizer)
