@@ -3,18 +3,68 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- table: tests/readme_table.py -->", "<!-- end of table -->"
+TESTS = ("training/test_layouts", "models/mamba/test_mamba_layouts", "models/test_encoder_layouts",
+         "models/vision/test_vision_layouts")  # fmt: skip
+"""Files whose `CASES` are pairs (model, layout), or whose `LAYOUTS` name their model."""
 
-PLANNED = ("BERT", "T5", "Mamba and hybrids", "CLIP ViT, RADIO", "LLaVA", "RETRO")
-ROWS = {"GPT, dense": ("tied", "untied"), "GPT with MoE": ("experts",), "GPT with MoE, MLA, MTP": ("latent",)}
-"""Row of the table -> models of `test_layouts.py`."""
+NO_EXPERTS, SHORT, LATER = "no experts", "short sequences", "not yet"
+ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "GPT, dense": (("tied", "untied"), {"EP": NO_EXPERTS}),
+    "GPT with MoE": (("experts",), {}),
+    "GPT with MoE, MLA, MTP": (("latent",), {}),
+    "BERT": (("bert", "bert_untied"), {"ZeRO-2": LATER, "PP": LATER, "EP": NO_EXPERTS}),
+    "T5": (("t5", "t5_untied"), {"ZeRO-2": LATER, "PP": LATER, "CP": LATER, "EP": NO_EXPERTS}),
+    "Mamba and hybrids": (("hybrid", "one_group"), {"EP": NO_EXPERTS}),
+    "Hybrids with MoE": (("hybrid_experts",), {}),
+    "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": LATER, "EP": NO_EXPERTS}),
+    "RADIO": (("radio",), {"CP": SHORT, "PP": LATER, "EP": NO_EXPERTS}),
+    "LLaVA": (("llava",), {"CP": LATER, "PP": LATER, "EP": LATER}),
+}
+"""Row of the table -> models of the tests, and why a parallelism has no layout."""
+PLANNED = ("RETRO",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A layout that a test holds to one device."""
+
+    model: str
+    devices: int
+    tp: int = 1
+    sp: bool = False
+    cp: int = 1
+    pp: int = 1
+    ep: int = 1
+    zero: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel shards."""
+        return self.devices // (self.tp * self.cp * self.pp)
+
+
+USES = {
+    "DP": lambda row: row.dp > 1,
+    "ZeRO-1": lambda row: row.zero == 1 and row.dp > 1,
+    "ZeRO-2": lambda row: row.zero == 2 and row.dp > 1,
+    "ZeRO-3": lambda row: row.zero == 3 and row.dp > 1,
+    "TP": lambda row: row.tp > 1,
+    "SP": lambda row: row.sp,
+    "CP": lambda row: row.cp > 1,
+    "PP": lambda row: row.pp > 1,
+    "EP": lambda row: row.ep > 1,
+}
 
 
 def _load(path: Path) -> ModuleType:
@@ -22,49 +72,45 @@ def _load(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-def parallelisms() -> dict[str, dict[str, list[str]]]:
-    """Each row's models, each parallelism, and the layouts of `test_layouts.py` that use it."""
+def _use(layout: Any, model: str) -> Use:
+    fields = {field.name for field in dataclasses.fields(Use)}
+    return Use(**{name: value for name, value in vars(layout).items() if name in fields} | {"model": model})
+
+
+def uses() -> list[Use]:
+    """Every layout of the tests."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    layouts = _load(ROOT / "tests" / "training" / "test_layouts.py").LAYOUTS
-    uses = {
-        "DP": lambda row: row.dp > 1,
-        "ZeRO-1": lambda row: row.zero == 1 and row.dp > 1,
-        "ZeRO-2": lambda row: row.zero == 2 and row.dp > 1,
-        "ZeRO-3": lambda row: row.zero == 3 and row.dp > 1,
-        "TP": lambda row: row.tp > 1,
-        "SP": lambda row: row.sp,
-        "CP": lambda row: row.cp > 1,
-        "PP": lambda row: row.pp > 1,
-        "EP": lambda row: row.ep > 1,
-    }
-    return {
-        title: {name: [str(row) for row in layouts if row.model in models and used(row)] for name, used in uses.items()}
-        for title, models in ROWS.items()
-    }
-
-
-def _cell(title: str, name: str, rows: list[str]) -> str:
-    if name == "EP" and title == "GPT, dense":
-        return "no experts"
-    return f"{len(rows)} layout{'s' * (len(rows) > 1)}" if rows else "not tested"
+    found = []
+    for name in TESTS:
+        module = vars(_load((ROOT / "tests" / name).with_suffix(".py")))
+        if "CASES" in module:
+            found += [_use(layout, model) for model, layout in (case.values for case in module["CASES"])]
+        else:
+            found += [_use(layout, layout.model) for layout in module["LAYOUTS"]]
+    return found
 
 
 def table() -> str:
     """The table in Markdown."""
-    covered = parallelisms()
-    names = list(covered["GPT, dense"])
-    lines = [f"| family | one device | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for title, uses in covered.items():
-        cells = [_cell(title, name, rows) for name, rows in uses.items()]
+    found = uses()
+    unknown = {use.model for use in found} - {model for models, _ in ROWS.values() for model in models}
+    assert not unknown, f"models in no row of the table: {unknown}"
+    lines = [f"| family | one device | {' | '.join(USES)} |", "|---" * (len(USES) + 2) + "|"]
+    for title, (models, reasons) in ROWS.items():
+        cells = []
+        for name, used in USES.items():
+            count = sum(use.model in models and used(use) for use in found)
+            if reasons.get(name) == NO_EXPERTS:
+                count = 0  # the axis is data parallel
+            assert (count > 0) != (name in reasons), f"{title}: {name} needs a layout or a reason why it has none"
+            cells.append(f"{count} layout{'s' * (count > 1)}" if count else reasons[name])
         lines.append(f"| {title} | yes | {' | '.join(cells)} |")
-    lines += [f"| {family} | {' | '.join(['not yet'] * (len(names) + 1))} |" for family in PLANNED]
+    lines += [f"| {family} | {' | '.join(['not yet'] * (len(USES) + 1))} |" for family in PLANNED]
     return "\n".join(lines)
 
 

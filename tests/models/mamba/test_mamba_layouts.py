@@ -22,7 +22,7 @@ HYBRID: dict[str, Any] = {"hybrid_override_pattern": "M-M*", "mamba_num_groups":
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid": HYBRID,
     "one_group": {"mamba_num_groups": 1, "mamba_proj_bias": True, "mamba_d_has_hdim": True},
-    "experts": {
+    "hybrid_experts": {
         "hybrid_override_pattern": "MEM*",
         "mamba_num_groups": 4,
         "num_moe_experts": 4,
@@ -61,10 +61,17 @@ class Layout:
         return self.devices // (self.tp * self.pp * self.cp)
 
 
+SLOW = [
+    Layout("hybrid_experts", devices=4, ep=2, cp=2, zero=3),
+    Layout("hybrid_experts", devices=4, ep=2, pp=2),
+    Layout("hybrid_experts", ep=2, zero=2),
+]
 LAYOUTS = [
+    *SLOW,
     Layout(),
     Layout(tp=2, sp=True, zero=3),
     Layout("one_group", tp=4, sp=True, mbs=4),  # groups that tensor parallelism does not divide
+    Layout(zero=2),
     Layout(tp=4, mbs=2),  # two devices a group
     Layout(devices=2, cp=2, comm="all_gather", mbs=2),
     Layout(cp=4, comm="p2p", zero=3),  # a zigzag
@@ -75,7 +82,7 @@ LAYOUTS = [
     Layout(pp=2, tp=2, sp=True, zero=3, mbs=2),
     Layout(pp=2, cp=2, comm="p2p", mbs=2),
     Layout("one_group", devices=4, pp=4, mbs=2, engine="table"),
-    Layout("experts", ep=2, tp=2, sp=True, zero=3),
+    Layout("hybrid_experts", ep=2, tp=2, sp=True, zero=3),
 ]
 
 
@@ -152,10 +159,12 @@ def one_device(model: str, mbs: int) -> Any:
     return train(Layout(model, devices=1, mbs=mbs))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(row, marks=[pytest.mark.slow] * (row in SLOW)) for row in LAYOUTS], ids=str
+)
 def test_equals_one_device(layout):
     # The losses of a router belong to a microbatch as a whole, so there the rows of each have to be the same.
-    wanted = one_device(layout.model, layout.mbs * layout.dp if layout.model == "experts" else 2)
+    wanted = one_device(layout.model, layout.mbs * layout.dp if layout.model == "hybrid_experts" else 2)
     found = train(layout)
     np.testing.assert_allclose(found[0], wanted[0], rtol=3e-5)
     assert found[1].keys() == wanted[1].keys()

@@ -66,7 +66,7 @@ MODELS: dict[str, Any] = {
 }  # fmt: skip
 SLOTS = 24
 """Of 9 tokens, one of which is an image of 16."""
-LAYOUTS = [Layout(), Layout(zero=3), Layout(devices=2, tp=2), Layout(devices=2, tp=2, sp=True)]
+LAYOUTS = [Layout(), Layout(zero=2), Layout(zero=3), Layout(devices=2, tp=2), Layout(devices=2, tp=2, sp=True)]
 ALL_AT_ONCE = Layout(tp=2, sp=True, zero=3)
 CASES = [
     pytest.param("clip", Layout()),  # the whole batch is compared with each other, wherever it lies
