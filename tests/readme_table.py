@@ -3,13 +3,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -35,8 +34,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 PLANNED = ("RETRO",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """A layout that a test holds to one device."""
 
     model: str
@@ -78,8 +76,8 @@ def _load(path: Path) -> ModuleType:
 
 
 def _use(layout: Any, model: str) -> Use:
-    fields = {field.name for field in dataclasses.fields(Use)}
-    return Use(**{name: value for name, value in vars(layout).items() if name in fields} | {"model": model})
+    fields = {name: value for name, value in vars(layout).items() if name in Use._fields}
+    return Use(**fields | {"model": model})
 
 
 def uses() -> list[Use]:
