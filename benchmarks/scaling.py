@@ -72,7 +72,8 @@ def compile_point(name: str, devices: int, target: str) -> Point:
 
     from megajax.models.registry import FAMILIES
     from megajax.parallel.aot import absent_gpus
-    from megajax.parallel.census import census, dot_flops
+    from megajax.parallel.census import census
+    from megajax.parallel.hlo import dot_flops
     from megajax.parallel.sharding import spec_of
     from megajax.training.setup import build_program, on_mesh
 

@@ -15,11 +15,12 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jax.sharding import Mesh
+
+from megajax.parallel.hlo import Instruction, Where, bytes_of, dims_of, executed
 
 Kind = Literal[
     "all-reduce",
@@ -108,145 +109,25 @@ def census(hlo_text: str, mesh: Mesh) -> tuple[Collective, ...]:
         raise ValueError(f"a program for {partitions[1]} devices has no census on a mesh of {mesh.size}")
     shape = tuple(mesh.shape.items())
     found = []
-    for instruction, where in _executed(hlo_text):
-        kind = _kind(instruction)
+    for instruction, where in executed(hlo_text):
+        kind = kind_of(instruction)
         if kind is not None:
-            found.append(_collective(kind, instruction, where, shape))
+            found.append(collective_of(kind, instruction, where, shape))
     return tuple(found)
 
 
-def dot_flops(hlo_text: str) -> int:
-    """Floating-point operations in the matrix products that one device executes in one run of a compiled program.
-
-    A product of [m, k] and [k, n] is 2 m k n. Those of a loop count once a trip, and those of a conditional's branches
-    as if each always ran: in a pipeline's idle ticks, where no loss is due, more than is really done. Counted are
-    `dot`s, in fusions too, and cuBLAS calls; not counted are convolutions, fused attention and kernels written by hand.
-    """
-    total = 0
-    for instruction, where in _executed(hlo_text):
-        if instruction.opcode == "dot" or "__cublas$" in instruction.attributes:
-            total += _flops(instruction) * math.prod(trips or 1 for trips in where.loops)
-    return total
-
-
-# --- the text of a program
-
-_COMMENT = re.compile(r"/\*.*?\*/")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([^\s=(]+)[^=]*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([^\s=]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
-_OPERAND = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|(?:true|false)_computation|(?:called|branch)_computations)="
-    r"(\{[^{}]*\}|%?[\w.\-]+)"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\]")
-
-
-class _Instruction(NamedTuple):
-    """opcode, shape and attributes as written; operands: their names; beside: all of its computation, by name."""
-
-    name: str
-    opcode: str
-    shape: str
-    operands: tuple[str, ...]
-    attributes: str
-    beside: Mapping[str, _Instruction]
-
-    @property
-    def op_name(self) -> str:
-        """Its own, or what is known of the first operand."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        if found:
-            return found[1]
-        first = self.beside.get(self.operands[0]) if self.operands else None
-        return first.op_name if first else ""
-
-
-class _Where(NamedTuple):
-    loops: tuple[int | None, ...] = ()
-    conditional: bool = False
-
-
-def _executed(hlo_text: str) -> Iterator[tuple[_Instruction, _Where]]:
-    """Instructions that run something, in every place from which they are called."""
-    computations, entry = _computations(hlo_text)
-
-    def visit(name: str, where: _Where) -> Iterator[tuple[_Instruction, _Where]]:
-        for instruction in computations[name]:
-            yield instruction, where
-            # The end of an asynchronous operation may name the computation that its start has run.
-            if instruction.opcode.endswith(("-done", "-update")):
-                continue
-            inside = where
-            if instruction.opcode == "while":
-                trips = _TRIPS.search(instruction.attributes)
-                inside = _Where((*where.loops, int(trips[1]) if trips else None), where.conditional)
-            elif instruction.opcode == "conditional":
-                inside = where._replace(conditional=True)
-            for called in _CALLED.findall(instruction.attributes):
-                for callee in re.findall(r"[\w.\-]+", called):
-                    yield from visit(callee, inside)
-
-    return visit(entry, _Where())
-
-
-def _computations(hlo_text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """(instructions of each computation, name of the one that is run)."""
-    computations: dict[str, list[_Instruction]] = {}
-    entry, instructions, beside = None, [], {}
-    for line in _COMMENT.sub("", hlo_text).splitlines():
-        if line[:1].isspace():
-            match = _INSTRUCTION.match(line)
-            if match:
-                name, shape, opcode, rest = match.groups()
-                end = _closing(rest)
-                operands = tuple(_OPERAND.findall(rest[:end])) if opcode != "constant" else ()
-                beside[name] = _Instruction(name, opcode, shape, operands, rest[end + 1 :], beside)
-                instructions.append(beside[name])
-        elif match := _COMPUTATION.match(line):
-            instructions, beside = computations.setdefault(match[2], []), {}
-            entry = match[2] if match[1] else entry
-    if entry is None:
-        raise ValueError("this is not the text of a compiled program: it has no entry computation")
-    return computations, entry
-
-
-def _closing(text: str) -> int:
-    """Where the parenthesis closes that was opened before `text`."""
-    depth = 1
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    return len(text)
-
-
-def _bytes(shape: str) -> int:
-    """Of an array, or of all arrays of a tuple; numbers of less than a byte are packed."""
-    return sum(
-        math.ceil(math.prod(_dims(dims)) * (int(bits) if bits else 8 * (kind == "pred")) / 8)
-        for kind, bits, dims in _ARRAY.findall(shape)
-    )
-
-
-def _dims(dims: str) -> tuple[int, ...]:
-    return tuple(int(dim.removeprefix("<=")) for dim in dims.split(",") if dim)
-
-
-# --- collectives
-
-
-def _kind(instruction: _Instruction) -> Kind | None:
+def kind_of(instruction: Instruction) -> Kind | None:
+    """Which collective an instruction is, or begins."""
     if instruction.opcode == "send" and "source_target_pairs" in instruction.attributes:
         return "collective-permute"  # cut in two by XLA
     opcode = instruction.opcode.removesuffix("-start")
     return next((kind for kind in get_args(Kind) if kind == opcode), None)
 
 
-def _collective(
-    kind: Kind, instruction: _Instruction, where: _Where, mesh_shape: tuple[tuple[str, int], ...]
+def collective_of(
+    kind: Kind, instruction: Instruction, where: Where, mesh_shape: tuple[tuple[str, int], ...]
 ) -> Collective:
+    """What the census says of one instruction. mesh_shape: names and sizes of the mesh's axes."""
     if kind == "collective-permute":
         axes, size = _moved_along(_written(r"source_target_pairs=\"?", instruction), mesh_shape)
     else:
@@ -255,11 +136,11 @@ def _collective(
     if kind == "ragged-all-to-all" or "slice_sizes=" in instruction.attributes or instruction.opcode == "send":
         operands = operands[:1]  # the others say where things go
     # Not from the shape of the result: that of an asynchronous start holds operands and more.
-    operand_bytes = sum(_bytes(instruction.beside[name].shape) for name in operands)
+    operand_bytes = sum(bytes_of(instruction.beside[name].shape) for name in operands)
     factors = {"all-gather": (size, 1), "reduce-scatter": (1, size)}
     multiply, divide = factors.get(kind, (1, 1))
     if kind == "ragged-all-to-all":
-        result_bytes = _bytes(instruction.beside[instruction.operands[1]].shape)
+        result_bytes = bytes_of(instruction.beside[instruction.operands[1]].shape)
     else:
         result_bytes = operand_bytes * multiply // divide
     return Collective(
@@ -282,7 +163,7 @@ _IOTA = r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
 _MESH = r"mesh\[[^\]]*\](?:, device_ids=\(.*?\)+)? \{[^}]*\}"
 
 
-def _written(key: str, instruction: _Instruction) -> str:
+def _written(key: str, instruction: Instruction) -> str:
     match = re.search(f"{key}({_LISTS}|{_IOTA}|{_MESH})", instruction.attributes)
     if match is None:
         raise ValueError(f"{instruction.name}: no {key} in a form known here: {instruction.attributes[:200]}")
@@ -337,8 +218,8 @@ def _lists(written: str) -> list[list[int]]:
 
 def _iota(written: str) -> np.ndarray:
     shape, source, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", written).groups()  # pyright: ignore
-    ids = np.arange(math.prod(_dims(source))).reshape(_dims(source))
-    return (ids.transpose(_dims(order)) if order else ids).reshape(_dims(shape))
+    ids = np.arange(math.prod(dims_of(source))).reshape(dims_of(source))
+    return (ids.transpose(dims_of(order)) if order else ids).reshape(dims_of(shape))
 
 
 def _along_axes(written: str) -> np.ndarray:
@@ -346,9 +227,9 @@ def _along_axes(written: str) -> np.ndarray:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(sizes.values()))
     if listed := re.search(r"device_ids=\(([\d,]+)\)", mesh):
-        ids = np.array(_dims(listed[1]))
+        ids = np.array(dims_of(listed[1]))
     elif permuted := re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", mesh):
-        ids = np.arange(ids.size).reshape(_dims(permuted[1])).transpose(_dims(permuted[2]))
+        ids = np.arange(ids.size).reshape(dims_of(permuted[1])).transpose(dims_of(permuted[2]))
     parts = [(name, int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS.findall(named)]
     shape, inside = [], []
     for axis, length in sizes.items():
@@ -362,21 +243,3 @@ def _along_axes(written: str) -> np.ndarray:
 
 
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-
-
-# --- products
-
-
-def _flops(instruction: _Instruction) -> int:
-    """Of a `dot`, or of a cuBLAS call, which says in its configuration what it contracts."""
-    contracted = re.search(
-        r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]', instruction.attributes
-    )
-    if contracted is None:
-        raise ValueError(f"{instruction.name}: does not say what it contracts: {instruction.attributes[:200]}")
-    lhs, result = (
-        _dims(_ARRAY.findall(shape)[0][2])
-        for shape in (instruction.beside[instruction.operands[0]].shape, instruction.shape)
-    )
-    inner = _dims((contracted[1] or contracted[2] or "").replace('"', ""))
-    return 2 * math.prod(result) * math.prod(lhs[dim] for dim in inner)

@@ -12,7 +12,8 @@ INSTALLED = importlib.util.find_spec("jax_plugins") is not None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((8, "h900"), "choose from h100"), ((12,), "12 GPUs are no whole number of nodes of 8")]
+    ("arguments", "message"),
+    [((8, "h900"), "choose from h100"), ((12,), "12 GPUs are no whole number of nodes of 8"), ((0,), "0 GPUs")],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(ConfigError, match=message):

@@ -36,7 +36,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from megajax.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, TransformerConfig
 from megajax.models.registry import FAMILIES
 from megajax.parallel.aot import absent_gpus
-from megajax.parallel.census import Collective, census, dot_flops
+from megajax.parallel.census import Collective, census
+from megajax.parallel.hlo import dot_flops
 from megajax.parallel.sharding import spec_of
 from megajax.training.setup import build_program, on_mesh
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from megajax.parallel.census import Collective, census, dot_flops
+from megajax.parallel.census import Collective, census
+from megajax.parallel.hlo import dot_flops
 
 MESH = jax.make_mesh((2, 4), ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
 DP, TP = ("dp",), ("tp",)

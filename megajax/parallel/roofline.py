@@ -1,0 +1,318 @@
+"""How long a compiled program would take if everything ran at the peak rates of a data sheet: a bound, no measurement.
+
+    an operation      max(FLOPs / peak, bytes of memory it reads and writes / bandwidth)
+    a collective      bytes that a ring sends / rate of the link, NVLink inside a node, network cards between nodes
+    the program       its instructions one after another, as XLA scheduled them; between the start and the end of an
+                      asynchronous collective the operations go on, and only what is left of it then is waited for
+
+The text of a compiled program is all that is read (`megajax.parallel.hlo`).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from megajax.parallel.aot import GPUS_PER_NODE, Target
+from megajax.parallel.census import Collective, Kind, collective_of, kind_of
+from megajax.parallel.hlo import Instruction, Where, arrays_of, bytes_of, computations_of, flops_of
+
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id opt-barrier"
+    " copy-start copy-done async-done async-update send-done recv recv-done add-dependency domain".split()
+)
+"""What takes no time of the compute units: names for what is there already, or copies that run beside."""
+
+
+class Transfer(NamedTuple):
+    """A collective in the schedule of a program, its times in seconds and for all its executions together.
+
+    covered: operations that run between its start and its end; 0 for a synchronous one. exposed: what is waited for.
+    network: whether it leaves the node.
+    """
+
+    collective: Collective
+    asynchronous: bool
+    network: bool
+    seconds: float
+    covered: float
+    exposed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run of the program takes on one device.
+
+    Attributes:
+      seconds: the whole.
+      compute: of that, operations; the rest waits for collectives.
+      flops: of matrix products and attention kernels that are executed.
+      transfers: the collectives.
+      kernels: number of executions of hand-written kernels and library calls by name.
+    """
+
+    seconds: float
+    compute: float
+    flops: int
+    transfers: tuple[Transfer, ...]
+    kernels: Mapping[str, int]
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of waiting."""
+        return self.seconds - self.compute
+
+
+def estimate(hlo_text: str, mesh: Mesh, target: Target) -> Estimate:
+    """Reads a compiled program for the devices of `mesh`, of the kind `target`.
+
+    Raises:
+      ValueError: the text is not that of a compiled program.
+    """
+    computations, entry = computations_of(hlo_text)
+    program = _Program(computations, mesh, target)
+    run = program.run(entry, Where())
+    return Estimate(run.clock, run.compute, run.flops, tuple(program.transfers), program.kernels)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The state of a walk through one computation: seconds since its start."""
+
+    clock: float = 0.0
+    compute: float = 0.0
+    flops: int = 0
+
+    def add(self, other: _Run, times: int = 1) -> None:
+        self.clock += times * other.clock
+        self.compute += times * other.compute
+        self.flops += times * other.flops
+
+
+class _Pending(NamedTuple):
+    """A collective that has started: when, and when its link is done with it."""
+
+    collective: Collective
+    network: bool
+    seconds: float
+    compute: float
+    ends: float
+
+
+class _Program:
+    def __init__(self, computations: Mapping[str, list[Instruction]], mesh: Mesh, target: Target):
+        self.computations, self.mesh, self.target = computations, mesh, target
+        self.mesh_shape = tuple(mesh.shape.items())
+        self.transfers: list[Transfer] = []
+        self.kernels: dict[str, int] = {}
+
+    def run(self, name: str, where: Where) -> _Run:
+        """One execution of a computation; its collectives are noted with all the executions that `where` tells of."""
+        run, pending, free = _Run(), {}, {False: 0.0, True: 0.0}
+        for instruction in self.computations[name]:
+            opcode = instruction.opcode
+            if opcode.endswith("-done") and instruction.operands and instruction.operands[0] in pending:
+                self._end(pending.pop(instruction.operands[0]), run, where)
+                continue
+            started = self._collective(instruction, where)
+            if started is not None:
+                collective, network, seconds = started
+                begins = max(run.clock, free[network])  # a link does one thing after the other
+                free[network] = begins + seconds
+                entry = _Pending(collective, network, seconds, run.compute, begins + seconds)
+                if _is_synchronous(instruction):
+                    self._end(entry, run, where, asynchronous=False)
+                else:
+                    pending[instruction.name] = entry
+            elif opcode == "while":
+                trips = instruction.trips or 1
+                inside = Where((*where.loops, instruction.trips), where.conditional)
+                for called in instruction.called:
+                    run.add(self.run(called, inside), trips)
+            elif opcode == "conditional":
+                branches = [self.run(called, where._replace(conditional=True)) for called in instruction.called]
+                run.add(max(branches, key=lambda branch: branch.clock))
+            elif opcode == "call":
+                for called in instruction.called:
+                    run.add(self.run(called, where))
+            elif opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+                self._operate(instruction, run, where)
+        return run
+
+    def _end(self, pending: _Pending, run: _Run, where: Where, *, asynchronous: bool = True) -> None:
+        waited = max(0.0, pending.ends - run.clock)
+        times = math.prod(trips or 1 for trips in where.loops)
+        covered = run.compute - pending.compute
+        run.clock += waited
+        self.transfers.append(
+            Transfer(
+                pending.collective,
+                asynchronous,
+                pending.network,
+                times * pending.seconds,
+                times * covered,
+                times * waited,
+            )
+        )
+
+    def _operate(self, instruction: Instruction, run: _Run, where: Where) -> None:
+        flops = self._flops(instruction)
+        seconds = max(flops / self._peak(instruction), self._traffic(instruction) / self.target.bandwidth)
+        run.clock += seconds
+        run.compute += seconds
+        run.flops += flops
+        kernel = kernel_name(instruction)
+        if kernel is not None:
+            times = math.prod(trips or 1 for trips in where.loops)
+            self.kernels[kernel] = self.kernels.get(kernel, 0) + times
+
+    def _collective(self, instruction: Instruction, where: Where) -> tuple[Collective, bool, float] | None:
+        """(the collective that an instruction runs or starts, whether it leaves the node, its seconds)."""
+        found, kind = instruction, kind_of(instruction)
+        if kind is None and instruction.opcode == "async-start":
+            inner = [(i, kind_of(i)) for called in instruction.called for i in self.computations[called]]
+            found, kind = next(((i, k) for i, k in inner if k is not None), (instruction, None))
+        if kind is None:
+            return None
+        collective = collective_of(kind, found, where, self.mesh_shape)
+        per_node = _members_of_a_node(self.mesh, collective.axes)
+        network = collective.group_size > per_node
+        return collective, network, collective_seconds(collective, per_node, self.target)
+
+    def _inside(self, instruction: Instruction) -> Iterable[Instruction]:
+        if instruction.opcode != "fusion":
+            return (instruction,)
+        return (inner for called in instruction.called for inner in self.computations[called])
+
+    def _flops(self, instruction: Instruction) -> int:
+        total = 0
+        for inner in self._inside(instruction):
+            if inner.opcode == "dot" or "__cublas$" in inner.attributes:
+                total += flops_of(inner)
+            elif "__cudnn$fmha" in inner.attributes:
+                total += attention_flops(inner)
+        return total
+
+    def _peak(self, instruction: Instruction) -> float:
+        """fp8 counts where both operands of a product are fp8; anything else runs at the rate of bf16."""
+        products = [inner for inner in self._inside(instruction) if inner.opcode == "dot"]
+        if "__cublas$lt$matmul$f8" in instruction.attributes or (
+            products and all(read.shape.startswith("f8") for product in products for read in product.reads[:2])
+        ):
+            return self.target.fp8 or self.target.bf16
+        return self.target.bf16
+
+    def _traffic(self, instruction: Instruction) -> int:
+        """Bytes read and written. Of an array of which a slice is read, or is written in place, that slice."""
+        if instruction.opcode == "fusion":
+            [called] = instruction.called
+            return _traffic_of_fusion(tuple(self.computations[called]))
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * bytes_of(instruction.shape)
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * bytes_of(instruction.reads[1].shape)
+        if instruction.opcode in ("broadcast", "rng-bit-generator"):
+            return bytes_of(instruction.shape)
+        return bytes_of(instruction.shape) + sum(bytes_of(read.shape) for read in instruction.reads)
+
+
+def _traffic_of_fusion(body: tuple[Instruction, ...]) -> int:
+    users: dict[str, list[Instruction]] = {}
+    for instruction in body:
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+
+    def read(instruction: Instruction) -> int:
+        """Bytes of it that its users want."""
+        wanted = 0
+        for user in users.get(instruction.name, ()):
+            if user.opcode == "bitcast":
+                wanted += read(user)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == instruction.name:
+                wanted += bytes_of(user.shape)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == instruction.name:
+                continue  # written in place
+            else:
+                return bytes_of(instruction.shape)
+        return min(wanted, bytes_of(instruction.shape))
+
+    def written(instruction: Instruction) -> int:
+        if instruction.opcode == "tuple":
+            return sum(written(part) for part in instruction.reads)
+        if instruction.opcode == "bitcast":
+            return written(instruction.reads[0])
+        if instruction.opcode == "dynamic-update-slice":
+            return bytes_of(instruction.reads[1].shape)
+        return bytes_of(instruction.shape)
+
+    return sum(read(i) for i in body if i.opcode == "parameter") + written(body[-1])
+
+
+def _is_synchronous(instruction: Instruction) -> bool:
+    """Whether nothing runs beside it: it has no end of its own, or XLA says so."""
+    return not instruction.opcode.endswith("-start") or '"is_sync":true' in instruction.attributes
+
+
+@functools.cache
+def _node_ids(mesh: Mesh) -> np.ndarray:
+    return np.vectorize(lambda device: device.id // GPUS_PER_NODE, otypes=[int])(mesh.devices)
+
+
+def _members_of_a_node(mesh: Mesh, axes: tuple[str, ...] | None) -> int:
+    """How many devices of a group along these axes share a node, at the least; None: all axes."""
+    names = mesh.axis_names
+    inside = [dim for dim, name in enumerate(names) if axes is None or name in axes]
+    nodes = np.moveaxis(_node_ids(mesh), inside, range(-len(inside), 0)) if inside else _node_ids(mesh)[..., None]
+    groups = nodes.reshape(-1, math.prod(mesh.devices.shape[dim] for dim in inside) if inside else 1)
+    return min(int(np.unique(group, return_counts=True)[1].min()) for group in groups)
+
+
+_RING: frozenset[Kind] = frozenset({"all-reduce", "all-gather", "reduce-scatter"})
+
+
+def collective_seconds(collective: Collective, per_node: int, target: Target) -> float:
+    """Of one execution, among a group of which `per_node` devices share a node; each device has its network card.
+
+    A ring enters and leaves a node once, over all cards of its members together. In an exchange each device sends what
+    is for other nodes over its own card.
+    """
+    n, sent = collective.group_size, collective.bytes_sent
+    if n <= per_node:
+        return sent / target.nvlink
+    if collective.kind in _RING:
+        nodes = n / per_node
+        between = sent / ((n - 1) / n) * ((nodes - 1) / nodes) / per_node
+    elif collective.kind in ("collective-permute", "collective-broadcast"):
+        between = sent
+    else:
+        between = sent / ((n - 1) / n) * (n - per_node) / n
+    return max(between / target.network, sent / target.nvlink if per_node > 1 else 0.0)
+
+
+def attention_flops(instruction: Instruction) -> int:
+    """Of a call of cuDNN's attention on q [B, S, N, K] and k [B, T, G, K]: two products of 2 B N S T K forward and five
+    backward, halved under a causal mask, as half of each is needed.
+    """
+    q, k = (arrays_of(read.shape)[0] for read in instruction.reads[:2])
+    products = 5 if "Backward" in instruction.attributes else 2
+    causal = re.search(r'"mask_type":"[A-Z_]*CAUSAL', instruction.attributes) is not None
+    return products * 2 * math.prod(q) * k[1] // (2 if causal else 1)
+
+
+def kernel_name(instruction: Instruction) -> str | None:
+    """What a call of a library or a hand-written kernel goes by; None for what XLA generates for itself."""
+    target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
+    if target is not None:
+        return target[1]
+    if "__triton_gemm" in instruction.attributes or "gemm_fusion" in instruction.name:
+        return "triton gemm (XLA)"
+    kind = re.search(r'"kind":"(__[\w$]+)"', instruction.attributes)
+    return kind[1] if kind else None
