@@ -51,6 +51,7 @@ FLOORS = {
     "reshard": 6,
     "convert": 6,
     "plan": 6,
+    "planning": 6,
     "doctor": 6,
 }
 # What plugs a family into the programs stands on their floor: its record, data, and names of weights elsewhere.
@@ -67,7 +68,7 @@ FAMILY_HOMES = {
     "gpt": ("models/gpt/", "models/mamba/", "models/multimodal/"),  # hybrids and those that see are GPTs, too
     "bert": ("models/bert/",),
     "t5": ("models/t5/",),
-    "mamba": ("models/mamba/", "ssm/"),  # the mixer bears the name of its paper
+    "mamba": ("models/mamba/", "models/multimodal/", "ssm/"),  # the mixer bears the name of its paper
     "llava": ("models/multimodal/",),
     "clip": ("models/vision/", "models/multimodal/"),
     "radio": ("models/vision/", "models/multimodal/"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
+from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megajax.models import language
 from megajax.models.family import Family
 from megajax.models.gpt import gpt_family
@@ -66,15 +66,20 @@ def build_model(config: MambaConfig, backend: BackendSpecProvider) -> nn.Module:
 def fit(config: Config, tokenizer: Tokenizer) -> Config:
     """As for every language model; and heads that the mesh cannot divide are refused."""
     config = language.fit(config, tokenizer)
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    assert isinstance(model, MambaConfig)
+    assert isinstance(config.model, MambaConfig)
+    check(config.model, config.parallel)
+    return config
+
+
+def check(model: MambaConfig, parallel: ParallelConfig) -> None:
+    """Raises ConfigError for layers that the config does not describe, and for heads that the mesh cannot divide."""
+    tp = parallel.tensor_model_parallel_size
     model.require_experts_and_their_layers()
     if MAMBA in model.layer_pattern and (model.mamba_num_heads or 0) % tp:
         raise ConfigError(
             f"mamba_num_heads={model.mamba_num_heads} is not divisible by tensor_model_parallel_size={tp}; change one"
             " of them"
         )
-    return config
 
 
 def flops(config: MambaConfig, *, batch_size: int, seq_length: int) -> int:

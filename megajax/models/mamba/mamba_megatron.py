@@ -20,7 +20,7 @@ from megajax.ssm.hybrid_layer_allocation import MOE, allocate_layers
 from megajax.ssm.mamba_config import MambaConfig
 
 _SIZES = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads")
-_PATTERN = ("hybrid_override_pattern", "hybrid_attention_ratio", "hybrid_mlp_ratio")
+PATTERN_ARGUMENTS = ("hybrid_override_pattern", "hybrid_attention_ratio", "hybrid_mlp_ratio")
 _MIXER = {
     "chunk_size": "mamba_chunk_size",
     "d_conv": "mamba_d_conv",
@@ -53,9 +53,8 @@ FIELD_RULES: Mapping[str, Rule] = {
     "mamba_training_ssm_states_dtype": Plumbing(),
     "moe_layer_freq": Mapped(lambda value, _: {}),  # the pattern says it
 }
-ARGUMENT_RULES: Mapping[str, Rule] = {
-    **MODEL_ARGUMENTS,
-    **{name: _as(name) for name in _PATTERN},
+OWN_ARGUMENTS: Mapping[str, Rule] = {
+    **{name: _as(name) for name in PATTERN_ARGUMENTS},
     "hybrid_layer_pattern": Mapped(_main_pattern),
     **{name: _as(option) for name, option in _MIXER.items()},
     **{name: Plumbing() for name in ("mamba_stack_spec", "hybrid_stack_spec", "use_mem_eff_path")},
@@ -63,6 +62,7 @@ ARGUMENT_RULES: Mapping[str, Rule] = {
     **{name: Plumbing() for name in ("dt_init", "dt_scale")},
     **{name: Refused((False,)) for name in ("bias", "norm_before_gate")},
 }
+"""Arguments that Megatron's other models do not have."""
 _NOT_THERE: Mapping[str, Any] = {
     "mamba_proj_bias": False,
     "mamba_norm_epsilon": 1e-5,
@@ -84,9 +84,9 @@ def read_config(
         with_sizes_of_tables(positions | dict(model_kwargs), tensors),
         family="mamba",
         field_rules=FIELD_RULES,
-        argument_rules=ARGUMENT_RULES,
+        argument_rules={**MODEL_ARGUMENTS, **OWN_ARGUMENTS},
     )
-    given = {name: value for name, value in given.items() if not (name in _PATTERN and value is None)}
+    given = {name: value for name, value in given.items() if not (name in PATTERN_ARGUMENTS and value is None)}
     attention, mlp = given.get("hybrid_attention_ratio", 0.0), given.get("hybrid_mlp_ratio", 0.0)
     pattern = allocate_layers(given["num_layers"], attention, mlp, given.get("hybrid_override_pattern"))
     if MOE not in pattern:  # Megatron does not read these options then

@@ -6,16 +6,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from megajax.config import Activation, ConfigError, TransformerConfig
+from megajax.config import Activation, ConfigError, PositionEmbedding, TransformerConfig
 from megajax.config_checks import require, require_positive
 from megajax.models.vision.clip_config import CLIPConfig
 from megajax.models.vision.image_tokens import CLASS_TOKENS
 from megajax.models.vision.radio_config import RADIOConfig
 from megajax.models.vision.vision_config import SUBTYPES, FinalNorm, Pooler, VisionConfig
+from megajax.ssm.mamba_config import MambaConfig
 
 VisionModelType = Literal["clip", "siglip", "internvit", "internvit300M", "radio", "radio-g", "cradio-g"]
+LanguageModelType = Literal["gpt", "mamba"]
+
+LANGUAGE_CONFIGS: Mapping[LanguageModelType, type[TransformerConfig]] = {"gpt": TransformerConfig, "mamba": MambaConfig}
+"""What the language model's options are a config of."""
+_OF_HYBRIDS = tuple(
+    name for name in MambaConfig.__dataclass_fields__ if name not in TransformerConfig.__dataclass_fields__
+)
 
 _SHARED = (
     *("hidden_dropout", "attention_dropout", "init_method_std", "bf16", "fp16", "params_dtype"),
@@ -32,11 +41,17 @@ _SIZES = ("img_h", "img_w", "patch_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LLaVAConfig(TransformerConfig):
-    """The fields of `TransformerConfig` are the language model's, those that begin with vision_ the tower's.
+class LLaVAConfig(MambaConfig):
+    """The fields of `MambaConfig` are the language model's, those that begin with vision_ the tower's.
 
-    `max_sequence_length` counts what the language model sees, images included.
+    A GPT has those of `TransformerConfig` alone. `max_sequence_length` counts what the language model sees, images
+    included.
     """
+
+    # Language model
+    language_model_type: LanguageModelType = "gpt"
+    """A transformer, with experts or without, or what `hybrid_override_pattern` says."""
+    position_embedding_type: PositionEmbedding = "learned_absolute"
 
     # Tower
     vision_model_type: VisionModelType = "clip"
@@ -104,7 +119,11 @@ class LLaVAConfig(TransformerConfig):
     freeze_vision_projection: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self._language_type.__post_init__(self)
+        if self.language_model_type == "gpt":
+            for name in _OF_HYBRIDS:
+                value, default = getattr(self, name), MambaConfig.__dataclass_fields__[name].default
+                require(value == default, f"{name}={value!r} has no effect without language_model_type='mamba'; set it")
         require_positive(self, "vision_hidden_size", "vision_num_attention_heads", "projection_ffn_hidden_size")
         self._derive("vision_kv_channels", self.vision_hidden_size // self.vision_num_attention_heads)
         self._derive("vision_num_query_groups", self.vision_num_attention_heads)
@@ -141,10 +160,33 @@ class LLaVAConfig(TransformerConfig):
         return radio if self.is_radio else dict(SUBTYPES[kind])
 
     @property
+    def _language_type(self) -> type[TransformerConfig]:
+        return LANGUAGE_CONFIGS[self.language_model_type]
+
+    @property
     def language_config(self) -> TransformerConfig:
         """The language model as a config of its own."""
-        fields = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
-        return TransformerConfig(**{name: getattr(self, name) for name in fields})
+        fields = [field.name for field in dataclasses.fields(self._language_type) if field.init]
+        return self._language_type(**{name: getattr(self, name) for name in fields})
+
+    @property
+    def residual_branches(self) -> int:
+        """How often the language model adds to its residual stream."""
+        return self.language_config.residual_branches
+
+    @property
+    def ssm_groups(self) -> int | None:
+        """Groups of heads that share B and C, if the language model has such."""
+        return self.language_config.ssm_groups
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether the language model's layer `index` (from 0) has experts."""
+        return self._language_type.is_moe_layer(self, index)
+
+    def for_layer(self, index: int) -> Self:
+        """The config of a stack of layers like the language model's layer `index` (from 0)."""
+        layer: Any = self._language_type.for_layer(self, index)
+        return layer
 
     @property
     def vision_config(self) -> CLIPConfig | RADIOConfig:
@@ -239,6 +281,22 @@ class LLaVAConfig(TransformerConfig):
     def draws_noise(self) -> bool:
         """Whether training depends on random numbers beside the first weights."""
         return super().draws_noise or self.vision_config.draws_noise
+
+
+def language_arguments(language: TransformerConfig) -> dict[str, Any]:
+    """The arguments of a `LLaVAConfig` whose language model is `language`.
+
+    Raises:
+      ConfigError: it is of a kind that LLaVA has not.
+    """
+    kind = next((name for name, config_type in LANGUAGE_CONFIGS.items() if type(language) is config_type), None)
+    require(
+        kind is not None, f"a language model of type {type(language).__name__} is not supported; use a GPT or hybrid"
+    )
+    fields = [
+        field.name for field in dataclasses.fields(language) if field.init and field.name not in language._derived
+    ]
+    return {"language_model_type": kind, **{name: getattr(language, name) for name in fields}}
 
 
 def tower_arguments(tower: VisionConfig, vision_model_type: VisionModelType) -> dict[str, Any]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from megajax.models import language
 from megajax.models.family import Family, Finished
+from megajax.models.gpt.gpt_family import GPT
+from megajax.models.mamba import mamba_family
 from megajax.models.multimodal import llava_data
-from megajax.models.multimodal.llava_config import LLaVAConfig
+from megajax.models.multimodal.llava_config import LanguageModelType, LLaVAConfig
 from megajax.models.multimodal.llava_presets import PRESETS
 from megajax.models.vision import vision_data
 from megajax.models.vision.vision_flops import tower_flops
+from megajax.ssm.mamba_config import MambaConfig
 
 if TYPE_CHECKING:
     import jax
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from megajax.interop.hf_architecture import Architecture
     from megajax.models.family import Batch, MegatronWeights
     from megajax.ops.cross_entropy import FusedLoss
+
+LANGUAGE_FAMILIES: Mapping[LanguageModelType, Family] = {"gpt": GPT, "mamba": mamba_family.HYBRIDS}
 
 DEFAULT = Config(
     model_family="llava",
@@ -109,6 +114,8 @@ def fit(config: Config, tokenizer: Tokenizer) -> Config:
     frozen = model.frozen_parameters
     if len(frozen) == 3:
         raise ConfigError(f"freeze_{', freeze_'.join(frozen)}: nothing is left to train; drop one")
+    if isinstance(text := model.language_config, MambaConfig):
+        mamba_family.check(text, config.parallel)
     config = dataclasses.replace(config, model=language.fit_vocabulary(config, tokenizer))
     return dataclasses.replace(config, model=language.fit_positions(config, config.model))
 
@@ -133,7 +140,8 @@ def flops(config: LLaVAConfig, *, batch_size: int, seq_length: int) -> int:
     else:
         width *= config.hidden_size
     of_images += 6 * config.img_seq_len * width
-    return batch_size * of_images + language.flops(config.language_config, batch_size=batch_size, seq_length=seq_length)
+    of_text = LANGUAGE_FAMILIES[config.language_model_type].flops
+    return batch_size * of_images + of_text(config.language_config, batch_size=batch_size, seq_length=seq_length)
 
 
 def baseline(config: Config, datasets: Datasets) -> tuple[str, float]:

@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,10 +10,11 @@ import numpy as np
 
 from megajax.config import ConfigError, TransformerConfig
 from megajax.interop.megatron_config import megatron_settings
-from megajax.interop.megatron_layouts import Path, Tensor, decoder_tensors, outer_tensors
+from megajax.interop.megatron_layouts import Path, Tensor, outer_tensors
 from megajax.models.family import MegatronWeights
 from megajax.models.gpt import gpt_megatron
-from megajax.models.multimodal.llava_config import LLaVAConfig, tower_arguments
+from megajax.models.mamba import mamba_megatron
+from megajax.models.multimodal.llava_config import LanguageModelType, LLaVAConfig, language_arguments, tower_arguments
 from megajax.models.multimodal.llava_model import LLaVAModel
 from megajax.models.vision import clip_megatron, radio_megatron
 from megajax.models.vision.clip_megatron import lifted, nested, vision_arguments
@@ -41,13 +41,20 @@ _LANGUAGE = {
 """Arguments of Megatron's LLaVAModel -> those of its language model."""
 _PLUMBING = (
     *("language_transformer_layer_spec", "vision_transformer_layer_spec", "vision_projection_layer_spec"),
-    *("add_encoder", "add_decoder", "allow_missing_vision_projection_checkpoint", "hybrid_attention_ratio"),
-    *("hybrid_mlp_ratio", "max_num_tiles", "tokenizer_type", "use_vision_backbone_fp8_arch"),
+    *("add_encoder", "add_decoder", "allow_missing_vision_projection_checkpoint"),
+    *("max_num_tiles", "tokenizer_type", "use_vision_backbone_fp8_arch"),
 )
+LANGUAGE_WEIGHTS: Mapping[LanguageModelType, MegatronWeights] = {
+    "gpt": gpt_megatron.MEGATRON,
+    "mamba": mamba_megatron.MEGATRON,
+}
+_HYBRID_TYPES = ("nemotron5-hybrid", "nemotron6")
+"""What the `language_model_type` of Megatron's hybrids begins with."""
 _CONFIGS = {
     "vision_config": ("vision_config", "vision_transformer_config"),
     "projection_config": ("projection_config", "vision_projection_config"),
 }
+_NOT_THERE = {"vision_feature_layer": None, "image_placeholders": "one", "seq_len_interpolation_factor": None}
 _FC1 = "vision_projection.encoder.linear_fc1."
 
 
@@ -70,10 +77,8 @@ def read_config(
     if given:
         name, value = next(iter(given.items()))
         raise ConfigError(f"{name}={value!r} is not a Megatron model argument that megajax knows; remove it")
-    inherited = [field.name for field in dataclasses.fields(language) if field.init]
-    options = {name: getattr(language, name) for name in inherited if name not in language._derived}
     return LLaVAConfig(
-        **options,
+        **language_arguments(language),
         **tower_arguments(tower, vision_type),
         **_projection(projection_fields, tensors),
         **own,
@@ -91,18 +96,27 @@ def _config_in(given: dict[str, Any], name: str, keys: tuple[str, ...]) -> dict[
 def _language(fields: Mapping[str, Any], given: dict[str, Any], tensors: dict[str, np.ndarray]) -> TransformerConfig:
     for name in _PLUMBING:
         given.pop(name, None)
-    if given.pop("hybrid_override_pattern", None):
-        raise ConfigError("hybrid_override_pattern is not supported for family 'llava'; it must be None")
     fields = dict(fields)
-    kind = fields.pop("language_model_type", None)
-    if str(kind or "").startswith(("nemotron5-hybrid", "nemotron6", "hf://")):
-        raise ConfigError(f"language_model_type={kind!r} is not supported for family 'llava'; use a GPT")
+    kind = str(fields.pop("language_model_type", None) or "")
+    if kind.startswith("hf://"):
+        raise ConfigError(f"language_model_type={kind!r} is not supported for family 'llava'; use a GPT or a hybrid")
     fields.pop("vision_model_type", None)
     arguments = {_LANGUAGE[name]: given.pop(name) for name in list(given) if name in _LANGUAGE}
+    is_hybrid = kind.startswith(_HYBRID_TYPES)
+    weights = LANGUAGE_WEIGHTS["mamba" if is_hybrid else "gpt"]
+    names = mamba_megatron.OWN_ARGUMENTS if is_hybrid else mamba_megatron.PATTERN_ARGUMENTS
+    of_hybrids = {name: given.pop(name) for name in list(given) if name in names}
+    if is_hybrid:
+        arguments |= of_hybrids
+    elif of_hybrids.get("hybrid_override_pattern"):
+        raise ConfigError(
+            f"hybrid_override_pattern has no effect with language_model_type={kind!r}; Megatron's hybrids are called"
+            f" {_HYBRID_TYPES[0]}..."
+        )
     prefix = "language_model."
     own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
     names = set(own)
-    config = gpt_megatron.read_config(fields, arguments, own)
+    config = weights.read_config(fields, arguments, own)
     for name in names - set(own):  # a copy of tied weights
         del tensors[prefix + name]
     return config
@@ -153,16 +167,19 @@ def write_config(config: LLaVAConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ConfigError: Megatron has no setting for an option.
     """
-    if config.vision_feature_layer is not None or config.image_placeholders != "one":
-        name = "image_placeholders" if config.vision_feature_layer is None else "vision_feature_layer"
-        raise ConfigError(f"{name}={getattr(config, name)!r} cannot be expressed in a Megatron config")
-    fields, language = megatron_settings(config.language_config)
+    for name, only in _NOT_THERE.items():
+        if getattr(config, name) != only:
+            raise ConfigError(f"{name}={getattr(config, name)!r} cannot be expressed in a Megatron config")
+    fields, language = LANGUAGE_WEIGHTS[config.language_model_type].write_config(config.language_config)
     tower = config.vision_config
     write_tower = radio_megatron.write_config if isinstance(tower, RADIOConfig) else clip_megatron.write_config
     vision_fields, vision = write_tower(tower)  # type: ignore[arg-type]
     projection, _ = megatron_settings(config.projection_config.replace(vocab_size=1))
     names = {inner: outer for outer, inner in _LANGUAGE.items()}
     arguments = {names[name]: value for name, value in language.items() if name in names}
+    if config.language_model_type == "mamba":
+        fields["language_model_type"] = _HYBRID_TYPES[0]
+        arguments |= {name: value for name, value in language.items() if name in mamba_megatron.OWN_ARGUMENTS}
     arguments |= {name: vision[name] for name in ("img_h", "img_w", "patch_dim")}
     arguments |= {name: getattr(config, name) for name in _OWN}
     arguments |= {
@@ -179,7 +196,8 @@ def tensors(config: LLaVAConfig, model: Any, params: Mapping[Path, Any]) -> Iter
     of_tower = radio_megatron.tower_tensors if isinstance(tower, RADIOConfig) else clip_megatron.tower_tensors
     yield from lifted("vision_model", of_tower(tower, model.build_tower(), nested("vision_model", params)))  # type: ignore[arg-type]
     yield from _projection_tensors(nested("vision_projection", params))
-    language = decoder_tensors(config.language_config, model.build_language_model(), nested("language_model", params))
+    of_language = LANGUAGE_WEIGHTS[config.language_model_type].tensors
+    language = of_language(config.language_config, model.build_language_model(), nested("language_model", params))
     yield from lifted("language_model", language)
 
 

@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # B batch, T tokens of the text, N tiles, C channels, H height, W width, S slots that the language model sees, P tokens
 # of a tile, E features of the tower, D hidden, V vocabulary
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from megajax.models.common.language_module.language_module import (
     language_model_loss_sum,
 )
 from megajax.models.gpt.gpt_model import GPTModel
-from megajax.models.multimodal.llava_config import LLaVAConfig
+from megajax.models.mamba.mamba_model import MambaModel
+from megajax.models.multimodal.llava_config import LanguageModelType, LLaVAConfig
 from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
 from megajax.models.vision.multimodal_projector import get_projector_spec
 from megajax.models.vision.radio import RADIOModel
@@ -38,21 +40,59 @@ from megajax.ops.multimodal import (
 from megajax.parallel.sharding import constrain, residual_stream_of
 from megajax.spec import Builder
 
-__all__ = ["DEFAULT_IMAGE_TOKEN_INDEX", "IGNORE_INDEX", "IMAGE_TOKEN", "LLaVAModel"]
+__all__ = ["DEFAULT_IMAGE_TOKEN_INDEX", "IGNORE_INDEX", "IMAGE_TOKEN", "LLaVAModel", "LanguageModel"]
 
 Array = jax.Array
 
 DEFAULT_IMAGE_TOKEN_INDEX = -200
 IMAGE_TOKEN = "<image>"
 
+LANGUAGE_MODELS: Mapping[LanguageModelType, type[nn.Module]] = {"gpt": GPTModel, "mamba": MambaModel}
+
+
+class LanguageModel(Protocol):
+    """What reads embeddings of text with those of images in it: `GPTModel`, `MambaModel`, and who does as they do."""
+
+    @property
+    def embedding(self) -> Any:
+        """A module with `word_embeddings`, called with ids."""
+        ...
+
+    @property
+    def layer_specs(self) -> tuple[Builder, ...]:
+        """One builder for each layer."""
+        ...
+
+    def embed(self, tokens: Array, position_ids: Array, *, deterministic: bool) -> Array:
+        """Ids, int [B, T], to the residual stream before the first layer, [B, T, D]."""
+        ...
+
+    def hidden_states(
+        self,
+        tokens: Array | None,
+        *,
+        decoder_input: Array | None = None,
+        position_ids: Array | None = None,
+        segment_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        cache_position: Array | int | None = None,
+        aux_weight: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """The residual stream `decoder_input`, [B, S, D], to what the output layer reads, as `GPTModel` has it."""
+        ...
+
+    def output_weight(self) -> Array:
+        """The matrix from hidden states to logits, [D, padded vocabulary]."""
+        ...
+
 
 class LLaVAModel(nn.Module):
     """A language model that sees (arXiv:2304.08485). Megatron: `core/models/multimodal/llava_model.py`.
 
     Attributes:
-      language_model_spec: builder, called with `config` (a `TransformerConfig`) and `backend`, of any language model
-        that has `embed`, `embedding`, `hidden_states(decoder_input=...)` and `output_weight()` as `GPTModel` does; None
-        is that.
+      language_model_spec: builder, called with `config` (the `language_config`) and `backend`, of any `LanguageModel`;
+        None is what `language_model_type` says.
       vision_model_spec: builder, called with `config` and `backend`, of a tower that is called as
         `CLIPVisionTransformer`; None is what `vision_model_type` says.
       backend: supplies layers.
@@ -74,9 +114,10 @@ class LLaVAModel(nn.Module):
         return (self.vision_model_spec or by_type)(config=tower, backend=self.backend)
 
     @nn.nowrap
-    def build_language_model(self) -> Any:
+    def build_language_model(self) -> LanguageModel:
         """The language model, without parameters."""
-        return (self.language_model_spec or GPTModel)(config=self.config.language_config, backend=self.backend)
+        by_type: Any = LANGUAGE_MODELS[self.config.language_model_type]
+        return (self.language_model_spec or by_type)(config=self.config.language_config, backend=self.backend)
 
     def setup(self) -> None:
         cfg = self.config
