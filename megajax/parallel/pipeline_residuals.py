@@ -11,6 +11,7 @@ import jax
 
 from megajax.parallel.pipeline_pieces import Batch, Work
 from megajax.parallel.split_backward import Split, split
+from megajax.parallel.views import Views
 
 Array = jax.Array
 Tree = Any
@@ -21,40 +22,42 @@ class Residuals:
     """A stage cut into forward and backward at what its derivative keeps.
 
     The function that `jax.vjp` returns is a pytree: its leaves are the residuals. Those that are the stage's own
-    parameters, or the microbatch, are at hand in the backward tick and need not wait in the ring.
+    parameters, or the microbatch, or views of them (a slice of the stack of layers, say), are at hand in the backward
+    tick and need not wait in the ring.
     """
 
     stage: Callable[[Tree, Tree, Array, Batch, Array, Array | None], Array]
     structure: Any
-    sources: tuple[int | None, ...]
-    """Of each leaf: its place among the arrays at hand, or None if it has to be kept."""
-    shapes: tuple[Any, ...]
-    """Of the leaves that have to be kept."""
+    views: Views
 
     @classmethod
     def of(cls, stage: Any, chunk: tuple[Tree, Tree], x_like: Any, work: Work) -> Residuals:
         """Traces the stage to see what it keeps."""
         found: dict[str, Any] = {}
+        known, structure = jax.tree.flatten((chunk, work))
 
-        def trace(chunk: tuple[Tree, Tree], x: Array, work: Work) -> list[Array]:
-            _, leaves, found["structure"] = _pull_apart(stage, chunk, x, work)
-            known = jax.tree.leaves((chunk, work))
-            places = (next((i for i, one in enumerate(known) if one is leaf), None) for leaf in leaves)
-            found["sources"] = tuple(places)
-            return [leaf for leaf, source in zip(leaves, found["sources"], strict=True) if source is None]
+        def trace(*args: Array) -> list[Array]:
+            chunk, work = jax.tree.unflatten(structure, args[:-1])
+            _, leaves, found["structure"] = _pull_apart(stage, chunk, args[-1], work)
+            return leaves
 
-        shapes = jax.eval_shape(trace, chunk, x_like, work)
-        return cls(stage, found["structure"], found["sources"], tuple(shapes))
+        views = Views.of(trace, known, [x_like])
+        return cls(stage, found["structure"], views)
+
+    @property
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of the leaves that have to be kept."""
+        return self.views.rest
 
     def forward(self, chunk: tuple[Tree, Tree], x: Array, work: Work) -> tuple[Array, list[Array]]:
         """(y, what to keep)."""
         y, leaves, _ = _pull_apart(self.stage, chunk, x, work)
-        return y, [leaf for leaf, source in zip(leaves, self.sources, strict=True) if source is None]
+        return y, [leaf for leaf, source in zip(leaves, self.views.sources, strict=True) if source is None]
 
     def backward(self, chunk: tuple[Tree, Tree], kept: list[Array], work: Work, g: Array) -> tuple[Tree, Array]:
         """(gradient of the parameters, gradient of x)."""
-        known, rest = jax.tree.leaves((chunk, work)), iter(kept)
-        leaves = [next(rest) if source is None else known[source] for source in self.sources]
+        at_hand, rest = self.views(jax.tree.leaves((chunk, work))), iter(kept)
+        leaves = [next(rest) if source is None else at_hand[source] for source in self.views.sources]
         return jax.tree.unflatten(self.structure, leaves)(g)
 
 

@@ -220,6 +220,9 @@ def _scan_in_groups(step: Step, x_BSD: Array, xs: Tree, *, group: int) -> tuple[
     """Scans with only the input of every `group` periods kept; the rest is recomputed."""
     length = jax.tree.leaves(xs)[0].shape[0]
     group = min(group, length)
+    if group == 1:
+        # What is kept of the parameters is then the stack itself, which a pipeline knows as its own.
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x_BSD, xs)
 
     def run_group(x_BSD: Array, inner: Tree) -> tuple[Array, Tree]:
         return jax.checkpoint(lambda x, i: jax.lax.scan(step, x, i), prevent_cse=False)(x_BSD, inner)
