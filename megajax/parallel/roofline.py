@@ -25,10 +25,11 @@ from megajax.parallel.aot import GPUS_PER_NODE, Target
 from megajax.parallel.census import Collective, Kind, collective_of, kind_of
 from megajax.parallel.hlo import Instruction, Where, arrays_of, bytes_of, computations_of, flops_of
 
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id opt-barrier"
-    " copy-start copy-done async-done async-update send-done recv recv-done add-dependency domain".split()
-)
+_FREE = frozenset({
+    *("parameter", "constant", "iota", "partition-id", "replica-id"),
+    *("tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all", "add-dependency", "domain"),
+    *("copy-start", "copy-done", "async-done", "async-update", "send-done", "recv", "recv-done"),
+})  # fmt: skip
 """What takes no time of the compute units: names for what is there already, or copies that run beside."""
 
 
