@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megajax.config import Config, TransformerConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # jax and flax load only when a model is built, so that the c
     from megajax.backends import BackendSpecProvider
     from megajax.data.build import Datasets, Sizes
     from megajax.data.tokenizers import Tokenizer
+    from megajax.inference.generate import Sampling
     from megajax.interop.hf_architecture import Architecture
     from megajax.interop.megatron_layouts import Tensor
     from megajax.ops.cross_entropy import FusedLoss
@@ -53,6 +54,23 @@ class LossFn(Protocol):
           weighted_sum, which has the gradient that training follows, and per_token, of the shape of `loss_mask`: the
           losses whose mean is reported.
         """
+        ...
+
+
+class Write(Protocol):
+    """How a model continues text."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Any,
+        prompt: Sequence[int],
+        *,
+        num_tokens: int,
+        sampling: Sampling,
+        key: jax.Array,
+    ) -> list[int]:
+        """The `num_tokens` ids that follow a prompt of at least one id."""
         ...
 
 
@@ -107,6 +125,7 @@ class Family:
       flops: (model config, batch_size, seq_length) -> model FLOPs of a training step.
       baseline: (config, data sets) -> (name, loss) of the line in the loss plot, or None.
       epilogue: what a finished run prints: the held-out measure that matters, beside what it must beat; a sample.
+      write: how it continues text, for `python -m megajax.generate`; None where it does not.
       pipeline_pieces: model -> the pieces that a pipeline calls; the parameters of the layers are those with a leading
         logical axis "layers". None: the family has no pipeline.
       layer_segments: model -> how its layers are stacked.
@@ -130,6 +149,7 @@ class Family:
     flops: Callable[..., int] = language.flops
     baseline: Callable[[Config, Datasets], tuple[str, float] | None] = language.baseline
     epilogue: Callable[[Finished], Iterable[str]] = language.epilogue
+    write: Write | None = None
     pipeline_pieces: Callable[[nn.Module], Pieces] | None = None
     layer_segments: Callable[[nn.Module], tuple[Segment, ...]] | None = None
     hf: Callable[[], tuple[Architecture, ...]] = tuple

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, TrainConfig
 
 if TYPE_CHECKING:
+    import jax
+    from flax import linen as nn
+
     from megajax.config import TransformerConfig
     from megajax.data.build import Datasets, Sizes
     from megajax.data.tokenizers import Tokenizer
+    from megajax.inference.generate import Sampling
     from megajax.models.family import Finished
 
 
@@ -105,25 +109,35 @@ def prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
     return ids or [tokenizer.eod]
 
 
-def sample_text(finished: Finished) -> str:
-    """The prompt and its continuation by the model."""
-    import jax
+def write(
+    model: nn.Module, params: Any, prompt: Sequence[int], *, num_tokens: int, sampling: Sampling, key: jax.Array
+) -> list[int]:
+    """The `num_tokens` ids that the model continues a prompt of at least one id with."""
     import jax.numpy as jnp
     import numpy as np
 
-    from megajax.inference.generate import Sampling, generate
+    from megajax.inference.generate import generate
+
+    prompt_BP = jnp.asarray([prompt], jnp.int32)
+    return np.asarray(generate(model, params, prompt_BP, num_tokens=num_tokens, sampling=sampling, key=key)[0]).tolist()
+
+
+def sample_text(finished: Finished) -> str:
+    """The prompt and its continuation by the model."""
+    import jax
+
+    from megajax.inference.generate import Sampling
 
     config, tokenizer = finished.config, finished.tokenizer
     prompt = prompt_tokens(config, tokenizer)
-    tokens = generate(
+    new = write(
         finished.model,
         finished.params,
-        jnp.asarray([prompt], jnp.int32),
+        prompt,
         num_tokens=min(config.train.sample_tokens, config.data.seq_length - len(prompt)),
         sampling=Sampling(temperature=0.6, top_p=0.95),
         key=jax.random.key(config.train.seed),
     )
-    new = np.asarray(tokens[0]).tolist()
     if tokenizer.eod in new:
         new = new[: new.index(tokenizer.eod)]
     return tokenizer.detokenize([*prompt, *new])

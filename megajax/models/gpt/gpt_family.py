@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from megajax.models import language
 from megajax.models.family import Family
 from megajax.models.gpt.gpt_presets import PRESETS
 
@@ -158,6 +159,7 @@ GPT = Family(
     config_of=config_of,
     loss=loss,
     example_inputs=example_inputs,
+    write=language.write,
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,
     hf=hf,

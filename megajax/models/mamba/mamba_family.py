@@ -131,6 +131,7 @@ HYBRIDS = Family(
     config_of=gpt_family.config_of,
     loss=gpt_family.loss,
     example_inputs=gpt_family.example_inputs,
+    write=language.write,
     fit=fit,
     flops=flops,
     pipeline_pieces=gpt_family.pipeline_pieces,

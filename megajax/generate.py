@@ -1,0 +1,142 @@
+"""Continues text with a trained model: `python -m megajax.generate runs/NAME --prompt "The for statement"`."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megajax import cli
+from megajax.cli_json import read_json
+from megajax.config import ConfigError
+from megajax.config_checks import require
+
+if TYPE_CHECKING:
+    from megajax.data.tokenizers import Tokenizer
+    from megajax.inference.generate import Sampling
+    from megajax.interop.pretrained import Pretrained
+
+LENGTH = 128
+_HELP = """
+SRC is the folder of a run, of its checkpoints, or of a Hugging Face model.
+
+examples:
+  python -m megajax.generate runs/NAME --prompt "The for statement" --temperature 0.6 --top-p 0.95
+  python -m megajax.generate ~/model --prompt "1, 2, 3," --temperature 0 --num-tokens 32 --json
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Prints each prompt with its continuation."""
+    options = _parser().parse_args(argv)
+    wanted = options.num_tokens
+    require(wanted is None or wanted > 0, f"--num-tokens {wanted}: must be at least 1")
+    source = options.source.expanduser()
+    if not source.is_dir():
+        raise ConfigError(f"{options.source}: there is no such folder; give a run, its checkpoints or a model")
+    from megajax.data.tokenizers import build_tokenizer
+    from megajax.inference.generate import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    tokenizer = build_tokenizer(options.tokenizer or find_tokenizer(source))
+    pretrained = read(source)
+    for index, prompt in enumerate(options.prompt or [""]):
+        ids = tokenizer.tokenize(prompt) or [tokenizer.eod]
+        length = wanted or default_length(pretrained, len(ids))
+        new = continuation(pretrained, tokenizer, ids, length, sampling, options.seed + index)
+        text = tokenizer.detokenize([*ids, *new])
+        if options.json:
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": new}), flush=True)
+        else:
+            print(text, flush=True)
+
+
+def read(source: Path) -> Pretrained:
+    """The model in a folder of either kind.
+
+    Raises:
+      ConfigError: there is none, or it is of a family that continues no text.
+    """
+    from megajax import convert
+    from megajax.models.registry import FAMILIES
+
+    pretrained = convert.read("megajax" if _is_checkpoint(source) else "hf", source)
+    if FAMILIES[pretrained.family].write is None:
+        writers = ", ".join(name for name, family in FAMILIES.items() if family.write is not None)
+        raise ConfigError(f"{source}: holds a {pretrained.family}, which continues no text; give one of {writers}")
+    return pretrained
+
+
+def find_tokenizer(source: Path) -> str:
+    """What a folder says of its tokenizer: that of the run, or the folder of the model itself.
+
+    Raises:
+      ConfigError: it says nothing.
+    """
+    if not _is_checkpoint(source):
+        return str(source)
+    for folder in (source, source.resolve().parent):
+        if (folder / "config.json").is_file():
+            from megajax.models.registry import FAMILIES
+
+            return cli.from_json(read_json(str(folder)), families=FAMILIES).data.tokenizer
+    raise ConfigError(f"{source}: no config.json of a run stands there to name the tokenizer; give --tokenizer")
+
+
+def default_length(pretrained: Pretrained, prompt: int) -> int:
+    """Tokens to write after a prompt of so many, where nobody says how many: 128, or what fits."""
+    longest = pretrained.config.max_sequence_length
+    return LENGTH if longest is None else max(1, min(LENGTH, longest - prompt))
+
+
+def continuation(
+    pretrained: Pretrained, tokenizer: Tokenizer, prompt: Sequence[int], num_tokens: int, sampling: Sampling, seed: int
+) -> list[int]:
+    """The ids that follow a prompt, at most `num_tokens` and none after the end of the document."""
+    import jax
+
+    from megajax.models.registry import FAMILIES
+
+    write = FAMILIES[pretrained.family].write
+    assert write is not None  # `read` has refused the rest
+    longest = pretrained.config.max_sequence_length
+    if longest is not None and len(prompt) + num_tokens > longest:
+        raise ConfigError(
+            f"--num-tokens {num_tokens} after a prompt of {len(prompt)} exceeds max_sequence_length={longest}; lower it"
+        )
+    key = jax.random.key(seed)
+    new = write(pretrained.model, pretrained.params, prompt, num_tokens=num_tokens, sampling=sampling, key=key)
+    return new[: new.index(tokenizer.eod)] if tokenizer.eod in new else new
+
+
+def _is_checkpoint(source: Path) -> bool:
+    """Whether a folder holds megajax's checkpoints, itself or as a run does."""
+    return (source / "checkpoints").is_dir() or any(source.glob("step_*"))
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m megajax.generate",
+        description=__doc__,
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC")
+    add("--prompt", action="append", metavar="TEXT", help="may be given several times (the end of a document)")
+    add("--num-tokens", type=int, metavar="N", help=f"at most so many are written ({LENGTH}, or what fits)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (1)")
+    add("--top-k", type=int, default=0, metavar="K", help="of the likeliest K tokens; 0 for all (0)")
+    add("--top-p", type=float, default=0.0, metavar="P", help="of the likeliest that P falls to; 0 for all (0)")
+    add("--seed", type=int, default=0, metavar="N", help="(0)")
+    add("--tokenizer", metavar="NAME", help="byte, null:VOCAB or a path (that of the run, or in the model's folder)")
+    add("--json", action="store_true", help="print an object for each prompt: prompt, text, tokens")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
