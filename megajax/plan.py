@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,13 @@ from megajax.parallel import pipeline_layout, schedule_plot
 from megajax.parallel.pipeline_layout import Layout
 from megajax.parallel.schedule_ticks import plan_ticks
 from megajax.parallel.schedules import SCHEDULES, Costs, Schedule, label, make_schedule
+from megajax.status_line import StatusLine
 
 _HELP = """
+Without --schedule, all flags of the trainer (python -m megajax.train --help) say what is to be trained.
+
 examples:
+  python -m megajax.plan --preset llama3-8b --bf16 --target h100 --num-devices 8 --mesh tp=2,zero=3 --html plan.html
   python -m megajax.plan --schedule 1f1b --pp 4 --microbatches 8
   python -m megajax.plan --schedule 1f1b --pp 16 --microbatches 64 --layout 'Et*3|(tt|)*29,m|L' --png pipeline.png
   python -m megajax.plan --schedule zb-h1 --pp 8 --microbatches 32 --num-layers 32 --bytes-per-microbatch 3e9 --json
@@ -28,10 +37,36 @@ examples:
 
 def main(argv: list[str]) -> None:
     """Prints the plan that was asked for."""
-    options = _parser().parse_args(argv)
-    if options.schedule is None:
-        raise ConfigError(f"there is nothing to plan: give --schedule, one of {', '.join(SCHEDULES)}; see --help")
-    plan_schedule(options)
+    if not argv or {"--schedule", "--help", "-h"} & {word.split("=")[0] for word in argv}:
+        options = _parser().parse_args(argv)
+        if options.schedule is None:
+            raise ConfigError(
+                "there is nothing to plan: give --num-devices for a training step, or --schedule; see --help"
+            )
+        plan_schedule(options)
+    else:
+        plan_training(*_step_parser().parse_known_args(argv))
+
+
+def plan_training(options: argparse.Namespace, flags: list[str]) -> None:
+    """Compiles the training step that the trainer's `flags` describe, and says what it takes."""
+    require(options.num_devices is not None, "--num-devices is missing: the number of GPUs to plan for")
+    status = StatusLine()
+    status.show(f"compiling the step for {options.num_devices} {options.target.upper()} ...")
+    with _compiler_silenced():
+        from megajax.models.registry import FAMILIES
+        from megajax.planning import page, report, text
+        from megajax.planning.mesh_flags import mesh_flags
+
+        words = [*mesh_flags(options.mesh, options.num_devices), *flags]
+        config = cli.parse(words, prog="python -m megajax.plan", families=FAMILIES)
+        found = report.plan_step(
+            config, FAMILIES[config.model_family], options.target, options.num_devices, options.step
+        )
+    status.clear()
+    if options.html is not None:
+        _save_text(page.page(found), options.html.expanduser())
+    print(json.dumps(found.as_json()) if options.json else text.format_report(found))
 
 
 def plan_schedule(options: argparse.Namespace) -> None:
@@ -123,6 +158,37 @@ def _as_json(schedule: Schedule, costs: Costs, layout: Layout | None, memory: fl
     }
 
 
+@contextlib.contextmanager
+def _compiler_silenced() -> Iterator[None]:
+    """Keeps back what XLA writes to stderr, such as that there is no driver; shows it if what is done here fails."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        usual = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except ConfigError:
+            raise
+        except BaseException:
+            said.seek(0)
+            os.write(usual, said.read())
+            raise
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+
+
+def _save_text(text: str, path: Path) -> None:
+    require(not path.is_dir(), f"--html {path}: is a folder; give the name of a file in it")
+    temporary = Path(temporary_beside(path))
+    try:
+        with clear_errors(path, instead="give another --html"):
+            temporary.write_text(text, encoding="utf-8")
+            publish(str(temporary), path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _save_figure(figure: Any, path: Path) -> None:
     require(not path.is_dir(), f"--png {path}: is a folder; give the name of a file in it")
     temporary = Path(temporary_beside(path))
@@ -134,8 +200,22 @@ def _save_figure(figure: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _step_parser() -> cli.Parser:
+    """The planner's own flags; the others are the trainer's."""
+    parser = cli.Parser(prog="python -m megajax.plan", add_help=False, allow_abbrev=False)
+    add = parser.add_argument_group("training step, beside the trainer's flags").add_argument
+    add("--num-devices", type=int, metavar="N", help="GPUs, 8 to a node")
+    add("--target", default="h100", metavar="NAME", help="a100, h100, h200 or b200 (h100)")
+    add("--mesh", metavar="AXIS=SIZE,...", help="such as tp=8,pp=4,zero=1, in short for the trainer's flags")
+    add("--step", choices=("train", "eval"), default="train", help="the step to plan (train)")
+    add("--html", type=Path, metavar="FILE", help="also save the plan as one page")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
 def _parser() -> cli.Parser:
     parser = cli.Parser(
+        parents=[_step_parser()],
         prog="python -m megajax.plan",
         description=__doc__,
         epilog=_HELP,
@@ -163,9 +243,16 @@ def _parser() -> cli.Parser:
     size = "--bytes-per-microbatch"
     add(size, type=float, metavar="N", help="activations one microbatch leaves on a stage, all its chunks together")
     add("--png", type=Path, metavar="FILE", help="also save a picture of operations and memory over time")
-    add("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
+def _as_program(argv: list[str]) -> None:
+    """Nothing runs here: JAX needs no more than a CPU, should not look for a driver, and keeps no program, for what is
+    compiled for absent devices cannot be read back."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is imported, which comes later
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    main(argv)
+
+
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(_as_program)

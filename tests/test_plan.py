@@ -1,6 +1,7 @@
 """The planner as a program: what it prints, the picture, the JSON, and every mistake on one line."""
 
 # SPDX-License-Identifier: Apache-2.0
+import importlib.util
 import json
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_readable_bytes(size: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "nothing to plan: give --schedule"),
+        ([], "nothing to plan: give --num-devices for a training step, or --schedule"),
         (["--schedule"], "expected one argument"),
         (["--schedule", "2f2b", "--pp", "2", "--microbatches", "2"], "use one of gpipe, 1f1b, zb-h1"),
         (["--schedule", "1f1b", "--microbatches", "2"], "--pp is missing"),
@@ -147,6 +148,55 @@ def test_mistakes_are_one_line(argv: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan.main(argv)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+STEP = ["--num-devices", "8"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--mesh", "tp=8"], "--num-devices is missing"),
+        ([*STEP, "--target", "h900"], "target='h900' is not known; choose from h100"),
+        (["--num-devices", "12"], "12 GPUs are no whole number of nodes of 8"),
+        ([*STEP, "--mesh", "tp=3"], "tensor_model_parallel_size=3"),
+        ([*STEP, "--mesh", "tp=16"], "tensor_model_parallel_size=16"),
+        ([*STEP, "--mesh", "px=2"], "there is no axis 'px'"),
+        ([*STEP, "--preset", "llama3-70c"], "llama3-70c"),
+        ([*STEP, "--mesh", "pp=8", "--num-layers", "12"], "num_layers=12 is not divisible"),
+        ([*STEP, "--colour"], "--colour"),
+    ],
+)
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
+def test_steps_that_cannot_be(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan.main(argv)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_a_compiler_for_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(**_: Any) -> Any:
+        raise NotImplementedError  # as JAX does where no plugin knows the platform
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", none)
+    with pytest.raises(ConfigError, match=r"pip install 'megajax\[aot\]'") as caught:
+        plan.main(STEP)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
+def test_a_step_as_a_program(program_env: dict[str, str], tmp_path: Path) -> None:
+    page = tmp_path / "new" / "plan.html"
+    flags = ["--model", "gpt", "--bf16", "--num-layers", "2", "--target", "a100", "--step", "eval"]
+    command = [sys.executable, "-m", "megajax.plan", "--num-devices", "2", "--mesh", "tp=2", *flags]
+    env = {name: value for name, value in program_env.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [*command, "--json", "--html", str(page)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    data = json.loads(done.stdout)
+    assert data["fits"] and data["target"] == "a100" and data["memory"]["card"] == 84974239744
+    assert page.read_text().startswith("<!doctype html>") and "2 A100" in page.read_text()
 
 
 def test_as_a_program(program_env: dict[str, str]) -> None:

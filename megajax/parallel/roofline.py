@@ -34,18 +34,33 @@ _FREE = frozenset({
 
 
 class Transfer(NamedTuple):
-    """A collective in the schedule of a program, its times in seconds and for all its executions together.
+    """A collective in the schedule of a program. times: its executions; all seconds are of these together.
 
     covered: operations that run between its start and its end; 0 for a synchronous one. exposed: what is waited for.
     network: whether it leaves the node.
     """
 
     collective: Collective
+    times: float
     asynchronous: bool
     network: bool
     seconds: float
     covered: float
     exposed: float
+
+    @property
+    def sent(self) -> float:
+        """Bytes."""
+        return self.collective.bytes_sent * self.times
+
+    def scaled(self, share: float) -> Transfer:
+        """Of so many of its executions."""
+        return self._replace(
+            times=self.times * share,
+            seconds=self.seconds * share,
+            covered=self.covered * share,
+            exposed=self.exposed * share,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +70,18 @@ class Estimate:
     Attributes:
       seconds: the whole.
       compute: of that, operations; the rest waits for collectives.
-      flops: of matrix products and attention kernels that are executed.
+      flops: of matrix products and attention kernels that a device executes; the mean of devices that differ.
+      recomputed: of these, what the backward pass does a second time.
       transfers: the collectives.
       kernels: number of executions of hand-written kernels and library calls by name.
     """
 
     seconds: float
     compute: float
-    flops: int
+    flops: float
+    recomputed: float
     transfers: tuple[Transfer, ...]
-    kernels: Mapping[str, int]
+    kernels: Mapping[str, float]
 
     @property
     def exposed(self) -> float:
@@ -72,16 +89,24 @@ class Estimate:
         return self.seconds - self.compute
 
 
-def estimate(hlo_text: str, mesh: Mesh, target: Target) -> Estimate:
+Shares = Mapping[int, tuple[float, ...]]
+"""Number of branches of a conditional -> how often each is taken. Of two branches, the first is the one with nothing to
+do, and all devices take the same; of more, devices differ, and wait for the one that has most to do."""
+
+
+def estimate(hlo_text: str, mesh: Mesh, target: Target, shares: Shares | None = None) -> Estimate:
     """Reads a compiled program for the devices of `mesh`, of the kind `target`.
+
+    Args:
+      shares: how often conditionals in loops take which branch; without it, always the longest.
 
     Raises:
       ValueError: the text is not that of a compiled program.
     """
     computations, entry = computations_of(hlo_text)
-    program = _Program(computations, mesh, target)
+    program = _Program(computations, mesh, target, shares or {})
     run = program.run(entry, Where())
-    return Estimate(run.clock, run.compute, run.flops, tuple(program.transfers), program.kernels)
+    return Estimate(run.clock, run.compute, run.flops, run.recomputed, tuple(program.transfers), program.kernels)
 
 
 @dataclasses.dataclass
@@ -90,12 +115,22 @@ class _Run:
 
     clock: float = 0.0
     compute: float = 0.0
-    flops: int = 0
+    flops: float = 0
+    recomputed: float = 0
 
-    def add(self, other: _Run, times: int = 1) -> None:
+    def add(self, other: _Run, times: float = 1) -> None:
         self.clock += times * other.clock
         self.compute += times * other.compute
         self.flops += times * other.flops
+        self.recomputed += times * other.recomputed
+
+
+class _Branch(NamedTuple):
+    """What one branch of a conditional does where it is taken."""
+
+    run: _Run
+    transfers: list[Transfer]
+    kernels: dict[str, float]
 
 
 class _Pending(NamedTuple):
@@ -109,11 +144,13 @@ class _Pending(NamedTuple):
 
 
 class _Program:
-    def __init__(self, computations: Mapping[str, list[Instruction]], mesh: Mesh, target: Target):
-        self.computations, self.mesh, self.target = computations, mesh, target
+    def __init__(
+        self, computations: Mapping[str, list[Instruction]], mesh: Mesh, target: Target, shares: Shares
+    ) -> None:
+        self.computations, self.mesh, self.target, self.shares = computations, mesh, target, shares
         self.mesh_shape = tuple(mesh.shape.items())
         self.transfers: list[Transfer] = []
-        self.kernels: dict[str, int] = {}
+        self.kernels: dict[str, float] = {}
 
     def run(self, name: str, where: Where) -> _Run:
         """One execution of a computation; its collectives are noted with all the executions that `where` tells of."""
@@ -139,14 +176,41 @@ class _Program:
                 for called in instruction.called:
                     run.add(self.run(called, inside), trips)
             elif opcode == "conditional":
-                branches = [self.run(called, where._replace(conditional=True)) for called in instruction.called]
-                run.add(max(branches, key=lambda branch: branch.clock))
+                run.add(self._conditional(instruction, where))
             elif opcode == "call":
                 for called in instruction.called:
                     run.add(self.run(called, where))
             elif opcode not in _FREE and not opcode.endswith(("-done", "-update")):
                 self._operate(instruction, run, where)
         return run
+
+    def _conditional(self, instruction: Instruction, where: Where) -> _Run:
+        """A conditional as it runs on average."""
+        branches = [self._branch(called, where._replace(conditional=True)) for called in instruction.called]
+        longest = max(range(len(branches)), key=lambda i: branches[i].run.clock)
+        shares = self.shares.get(len(branches)) if where.loops else None
+        if shares is None:
+            shares = tuple(float(i == longest) for i in range(len(branches)))
+        elif len(shares) == 2 and longest == 0:
+            shares = shares[::-1]
+        for branch, share in zip(branches, shares, strict=True):
+            self.transfers += [transfer.scaled(share) for transfer in branch.transfers]
+            for name, times in branch.kernels.items():
+                self.kernels[name] = self.kernels.get(name, 0) + times * share
+        mean = _Run()
+        for branch, share in zip(branches, shares, strict=True):
+            mean.add(branch.run, share)
+        if len(shares) == 2:
+            return mean
+        return dataclasses.replace(branches[longest].run, flops=mean.flops, recomputed=mean.recomputed)
+
+    def _branch(self, name: str, where: Where) -> _Branch:
+        """One branch by itself."""
+        saved = self.transfers, self.kernels
+        self.transfers, self.kernels = [], {}
+        branch = _Branch(self.run(name, where), self.transfers, self.kernels)
+        self.transfers, self.kernels = saved
+        return branch
 
     def _end(self, pending: _Pending, run: _Run, where: Where, *, asynchronous: bool = True) -> None:
         waited = max(0.0, pending.ends - run.clock)
@@ -156,6 +220,7 @@ class _Program:
         self.transfers.append(
             Transfer(
                 pending.collective,
+                times,
                 asynchronous,
                 pending.network,
                 times * pending.seconds,
@@ -165,11 +230,13 @@ class _Program:
         )
 
     def _operate(self, instruction: Instruction, run: _Run, where: Where) -> None:
-        flops = self._flops(instruction)
+        work = [(inner, _flops(inner)) for inner in self._inside(instruction)]
+        flops = sum(count for _, count in work)
         seconds = max(flops / self._peak(instruction), self._traffic(instruction) / self.target.bandwidth)
         run.clock += seconds
         run.compute += seconds
         run.flops += flops
+        run.recomputed += sum(count * _recomputed(inner) for inner, count in work if count)
         kernel = kernel_name(instruction)
         if kernel is not None:
             times = math.prod(trips or 1 for trips in where.loops)
@@ -179,8 +246,8 @@ class _Program:
         """(the collective that an instruction runs or starts, whether it leaves the node, its seconds)."""
         found, kind = instruction, kind_of(instruction)
         if kind is None and instruction.opcode == "async-start":
-            inner = [(i, kind_of(i)) for called in instruction.called for i in self.computations[called]]
-            found, kind = next(((i, k) for i, k in inner if k is not None), (instruction, None))
+            for inner in (i for called in instruction.called for i in self.computations[called]):
+                found, kind = (inner, kind_of(inner)) if kind is None else (found, kind)
         if kind is None:
             return None
         collective = collective_of(kind, found, where, self.mesh_shape)
@@ -192,15 +259,6 @@ class _Program:
         if instruction.opcode != "fusion":
             return (instruction,)
         return (inner for called in instruction.called for inner in self.computations[called])
-
-    def _flops(self, instruction: Instruction) -> int:
-        total = 0
-        for inner in self._inside(instruction):
-            if inner.opcode == "dot" or "__cublas$" in inner.attributes:
-                total += flops_of(inner)
-            elif "__cudnn$fmha" in inner.attributes:
-                total += attention_flops(inner)
-        return total
 
     def _peak(self, instruction: Instruction) -> float:
         """fp8 counts where both operands of a product are fp8; anything else runs at the rate of bf16."""
@@ -223,6 +281,21 @@ class _Program:
         if instruction.opcode in ("broadcast", "rng-bit-generator"):
             return bytes_of(instruction.shape)
         return bytes_of(instruction.shape) + sum(bytes_of(read.shape) for read in instruction.reads)
+
+
+def _flops(instruction: Instruction) -> int:
+    if instruction.opcode == "dot" or "__cublas$" in instruction.attributes:
+        return flops_of(instruction)
+    return attention_flops(instruction) if "__cudnn$fmha" in instruction.attributes else 0
+
+
+def _recomputed(instruction: Instruction) -> float:
+    """The share of its FLOPs that were done before: all under `jax.checkpoint`'s second run, as JAX names it, and one
+    of the five products of fused attention's backward pass, the scores.
+    """
+    if "rematted_computation" in instruction.op_name:
+        return 1.0
+    return 0.2 if "__cudnn$fmha" in instruction.attributes and "Backward" in instruction.attributes else 0.0
 
 
 def _traffic_of_fusion(body: tuple[Instruction, ...]) -> int:
@@ -308,12 +381,18 @@ def attention_flops(instruction: Instruction) -> int:
     return products * 2 * math.prod(q) * k[1] // (2 if causal else 1)
 
 
+_XLA_KERNELS = {
+    "__triton_gemm": "XLA: Triton matrix product",
+    "__triton_nested_gemm_fusion": "XLA: Triton matrix product",
+    "__triton": "XLA: Triton reduction",
+    "__custom_fusion": "XLA: custom fusion",
+}
+
+
 def kernel_name(instruction: Instruction) -> str | None:
     """What a call of a library or a hand-written kernel goes by; None for what XLA generates for itself."""
     target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
     if target is not None:
         return target[1]
-    if "__triton_gemm" in instruction.attributes or "gemm_fusion" in instruction.name:
-        return "triton gemm (XLA)"
     kind = re.search(r'"kind":"(__[\w$]+)"', instruction.attributes)
-    return kind[1] if kind else None
+    return None if kind is None else _XLA_KERNELS.get(kind[1], kind[1])

@@ -98,7 +98,8 @@ def _names(path: Any) -> tuple[str, ...]:
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def _is_axes(node: Any) -> bool:
+def is_axes(node: Any) -> bool:
+    """Whether a node of a tree is the logical axes of a leaf."""
     # Optimizer states are tuples too; axes are those that hold names.
     return type(node) is tuple and all(isinstance(name, str | None) for name in node)
 
@@ -110,7 +111,7 @@ def state_shardings(axes: TrainState, rules: AxisRules, mesh: Mesh | AbstractMes
         return jax.tree.map(
             lambda a: NamedSharding(mesh, sharding.spec_of(a, table)),
             tree,
-            is_leaf=_is_axes,
+            is_leaf=is_axes,
         )
 
     whole = place(axes, rules.table)

@@ -1,0 +1,198 @@
+"""The plan as text for a terminal."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megajax.planning.memory import USABLE
+from megajax.planning.report import FORMULA, Report
+
+MEMORY_NOTE = (
+    "Parameters, optimizer state and batch are arithmetic; the other parts are what XLA's buffer assignment has alive"
+    " at the peak."
+)
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    if count < 0:
+        return f"-{size(-count)}"
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 999.5 else f"{count / 1000:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} us" if seconds >= 1e-6 else "0" if seconds == 0 else "< 1 us"
+
+
+def count(number: float) -> str:
+    """A large number in words."""
+    if number < 0:
+        return f"-{count(-number)}"
+    for unit in ("", " k", " M", " G", " T"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.4g} P"
+
+
+def memory_rows(report: Report) -> list[tuple[str, int]]:
+    """The parts of the peak, in the order of a run."""
+    memory = report.memory
+    return [
+        ("parameters", memory.parameters),
+        ("optimizer state", memory.optimizer),
+        ("gradients", memory.gradients),
+        ("activations that wait", memory.activations),
+        ("working space", memory.temporaries),
+        ("batch", memory.batch),
+        ("gaps between buffers", memory.peak - memory.total),
+    ]
+
+
+def verdict(report: Report) -> str:
+    """Whether it fits, in one line."""
+    memory = report.memory
+    room = memory.capacity - memory.peak
+    usable = f"the {size(memory.capacity)} that are usable ({USABLE:.0%}) of one {report.target.upper()}"
+    if memory.fits:
+        return f"fits: peak {size(memory.peak)}, {size(room)} below {usable}"
+    return f"does not fit: peak {size(memory.peak)}, {size(-room)} above {usable}"
+
+
+def flops_rows(report: Report) -> list[tuple[str, float]]:
+    """What the executed FLOPs are for. What is left over is work that the model's formula does not count, such as the
+    masked half of attention scores."""
+    rows = [
+        ("model", report.model_flops),
+        ("recomputed", report.recomputed_flops),
+        ("idle ticks of the pipeline", report.idle_flops),
+    ]
+    rest = report.executed_flops - sum(count for _, count in rows)
+    return [row for row in rows if row[1]] + [("other", rest)]
+
+
+def format_report(report: Report) -> str:
+    """The whole plan."""
+    lines = [
+        *heading(report),
+        "",
+        f"MEMORY  {verdict(report)}",
+        *_bars(memory_rows(report), size, report.memory.card),
+        *_formula(report),
+        "",
+        f"TIME    a step takes at least {duration(report.seconds)}: MFU at most {report.mfu:.1%},"
+        f" {report.tokens_per_second:,.0f} tokens/s per GPU",
+        *_bars([("operations", report.compute), ("waiting for others", report.exposed)], duration, report.seconds),
+        *([f"  pipeline bubble {report.bubble:.1%} of the useful time"] if report.bubble else []),
+        "",
+        f"FLOPS   {count(report.executed_flops)} executed on each GPU, {report.executed_flops / report.model_flops:.2f}"
+        f" x the model's; recomputed: {report.recompute}",
+        *_bars(flops_rows(report), count, report.executed_flops),
+        *_collectives(report),
+    ]
+    if report.kernels:
+        lines += ["", "KERNELS", *table([(f"{n:,}", name) for name, n in report.kernels.items()])]
+    trace, compiling = report.seconds_to_compile
+    return "\n".join([*lines, "", FORMULA, f"Traced in {duration(trace)}, compiled in {duration(compiling)}."])
+
+
+def heading(report: Report) -> list[str]:
+    """What was planned, in two lines."""
+    return [
+        f"{report.model}, {count(report.parameters)} parameters, on {report.devices:,} {report.target.upper()}"
+        f" ({report.mesh})",
+        f"a step of {report.samples:,} samples, {report.tokens:,} tokens, in {report.num_microbatches} microbatches;"
+        f" optimizer {report.optimizer}",
+    ]
+
+
+def formula_line(report: Report) -> str | None:
+    """How activations compare with Megatron's formula."""
+    memory = report.memory
+    if memory.formula is None or memory.formula_ratio is None:
+        return None
+    return (
+        f"activations are {memory.formula_ratio:.2f} x the {size(memory.formula)} of Megatron's formula"
+        " (first stage of 1F1B, selective recomputation)"
+    )
+
+
+def _formula(report: Report) -> list[str]:
+    line = formula_line(report)
+    return [] if line is None else [f"  {line}"]
+
+
+def _collectives(report: Report) -> list[str]:
+    lines = []
+    if report.traffic:
+        lines += [
+            "",
+            f"COLLECTIVES of a GPU; in layers, {report.covered_share:.0%} of the bytes have operations beside them",
+            *table([COLLECTIVE_HEAD, *collective_rows(report)]),
+        ]
+    if report.uncovered:
+        lines += ["", "  with nothing beside them:"]
+        lines += table([(size(sent), name) for name, sent in report.uncovered.items()])
+    return lines
+
+
+COLLECTIVE_HEAD = ("kind", "axes", "link", "where", "times", "sent", "takes", "waits", "covered")
+
+
+def collective_rows(report: Report) -> list[tuple[str, ...]]:
+    """A row for each kind of collective, the longest first."""
+    return [
+        (
+            row.kind,
+            row.axes,
+            row.link,
+            "layers" if row.in_layers else "around",
+            f"{row.times:,.0f}",
+            size(row.sent),
+            duration(row.seconds),
+            duration(row.exposed),
+            f"{row.covered / row.sent:.0%}" if row.sent else "-",
+        )
+        for row in report.traffic
+    ]
+
+
+_BAR = 30
+
+
+def _bars(rows: Sequence[tuple[str, float]], unit: Callable[[float], str], whole: float) -> list[str]:
+    """Rows with a bar each."""
+    if not whole:
+        return []
+    width = max(len(name) for name, _ in rows)
+    numbers = [unit(value) for _, value in rows]
+    right = max(map(len, numbers))
+    bars = ["█" * max(0, round(_BAR * value / whole)) for _, value in rows]
+    return [
+        f"  {name:{width}}  {number:>{right}}  {value / whole:4.0%}  {bar}".rstrip()
+        for (name, value), number, bar in zip(rows, numbers, bars, strict=True)
+    ]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [any(row[i][:1].isdigit() for row in rows) for i in range(len(widths))]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

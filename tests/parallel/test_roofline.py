@@ -1,0 +1,128 @@
+"""The bound of a program's time, against arithmetic by hand on programs short enough to read."""
+
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from megajax.parallel.aot import TARGETS
+from megajax.parallel.roofline import estimate
+
+# A product of 2 * 1024^3 FLOPs takes 2.147 ms and the sum of 4 MiB over two devices 4.194 ms, both without their rest.
+GPU = dataclasses.replace(TARGETS["h100"], bf16=1e12, bandwidth=1e15, nvlink=1e9)
+PRODUCT, SUM = 2 * 1024**3 / 1e12, 4 * 1024**2 / 1e9
+
+DOT = "dot({0}, {0}), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
+GROUPS = "channel_id=1, replica_groups={{0,1}}, to_apply=%add"
+
+
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()[:2]), ("tp",))
+
+
+def program(*lines: str, before: str = "") -> str:
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"""HloModule test, num_partitions=2
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}}
+{before}
+ENTRY %main (p: f32[1024,1024]) -> f32[1024,1024] {{
+  %p = f32[1024,1024]{{1,0}} parameter(0)
+{body}
+}}
+"""
+
+
+def test_products_beside_a_collective_hide_it():
+    found = estimate(
+        program(
+            f"%start = f32[1024,1024]{{1,0}} all-reduce-start(%p), {GROUPS}",
+            f"%d = f32[1024,1024]{{1,0}} {DOT.format('%p')}",
+            "%done = f32[1024,1024]{1,0} all-reduce-done(%start)",
+            "ROOT %r = f32[1024,1024]{1,0} add(%done, %d)",
+        ),
+        mesh(),
+        GPU,
+    )
+    assert found.flops == 2 * 1024**3 and found.recomputed == 0
+    assert found.compute == pytest.approx(PRODUCT, rel=1e-4)
+    [transfer] = found.transfers
+    assert transfer.asynchronous and transfer.sent == 4 * 1024**2 and not transfer.network
+    assert transfer.exposed == pytest.approx(SUM - PRODUCT, rel=1e-4) == found.exposed
+    assert found.seconds == pytest.approx(SUM, rel=1e-4)
+
+
+def test_a_synchronous_collective_is_waited_for():
+    found = estimate(
+        program(
+            f"%s = f32[1024,1024]{{1,0}} all-reduce(%p), {GROUPS}",
+            f"ROOT %d = f32[1024,1024]{{1,0}} {DOT.format('%p')}",
+        ),
+        mesh(),
+        GPU,
+    )
+    assert found.seconds == pytest.approx(SUM + PRODUCT, rel=1e-4)
+    assert not found.transfers[0].asynchronous
+
+
+LOOP = """
+%idle (x: f32[1024,1024]) -> f32[1024,1024] {{
+  ROOT %x = f32[1024,1024]{{1,0}} parameter(0)
+}}
+%busy (y: f32[1024,1024]) -> f32[1024,1024] {{
+  %y = f32[1024,1024]{{1,0}} parameter(0)
+  %s = f32[1024,1024]{{1,0}} all-reduce(%y), {groups}
+  ROOT %e = f32[1024,1024]{{1,0}} {dot}, metadata={{op_name="jit(f)/rematted_computation/dot_general"}}
+}}
+%body (c: (s32[], f32[1024,1024])) -> (s32[], f32[1024,1024]) {{
+  %c = (s32[], f32[1024,1024]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %z = f32[1024,1024]{{1,0}} get-tuple-element(%c), index=1
+  %n = f32[1024,1024]{{1,0}} conditional(%i, {inputs}), branch_computations={{{branches}}}
+  ROOT %t = (s32[], f32[1024,1024]{{1,0}}) tuple(%i, %n)
+}}
+%cond (d: (s32[], f32[1024,1024])) -> pred[] {{
+  %d = (s32[], f32[1024,1024]{{1,0}}) parameter(0)
+  ROOT %k = pred[] constant(true)
+}}
+"""
+
+
+def looped(*branches: str) -> str:
+    before = LOOP.format(
+        groups=GROUPS,
+        dot=DOT.format("%y"),
+        inputs=", ".join("%z" for _ in branches),
+        branches=", ".join(branches),
+    )
+    return program(
+        "%zero = s32[] constant(0)",
+        "%init = (s32[], f32[1024,1024]{1,0}) tuple(%zero, %p)",
+        "%w = (s32[], f32[1024,1024]{1,0}) while(%init), condition=%cond, body=%body,"
+        ' backend_config={"known_trip_count":{"n":"10"}}',
+        "ROOT %r = f32[1024,1024]{1,0} get-tuple-element(%w), index=1",
+        before=before,
+    )
+
+
+def test_branches_count_as_often_as_they_are_taken():
+    always = estimate(looped("%idle", "%busy"), mesh(), GPU)
+    assert always.flops == always.recomputed == 10 * 2 * 1024**3
+    assert always.seconds == pytest.approx(10 * (PRODUCT + SUM), rel=1e-4)
+    for order in (("%idle", "%busy"), ("%busy", "%idle")):  # XLA writes either first
+        some = estimate(looped(*order), mesh(), GPU, {2: (0.25, 0.75)})
+        assert some.flops == pytest.approx(0.75 * always.flops)
+        assert some.seconds == pytest.approx(0.75 * always.seconds)
+        assert some.transfers[0].times == pytest.approx(7.5)
+
+
+def test_devices_that_differ_wait_for_the_slowest():
+    found = estimate(looped("%idle", "%busy", "%busy"), mesh(), GPU, {3: (0.5, 0.25, 0.25)})
+    assert found.flops == pytest.approx(0.5 * 10 * 2 * 1024**3)
+    assert found.seconds == pytest.approx(10 * (PRODUCT + SUM), rel=1e-4)
