@@ -5,18 +5,18 @@ import dataclasses
 from typing import Protocol
 
 import jax
-from flax import linen as nn
 
-from megajax.config import ConfigError, TransformerConfig
+from megajax.config import TransformerConfig
+from megajax.config_kernels import AttentionBackend
 from megajax.config_parallel import ContextComm
-from megajax.ops.attention import AttentionMask
+from megajax.kernels import Capability
+from megajax.parallel.mesh import gpu_capability
 from megajax.spec import Builder, ModuleSpec
 from megajax.ssm.state_space import StateSpace
-from megajax.transformer.attention import DotProductAttention, softmax_scale
+from megajax.transformer.attention import DotProductAttention
+from megajax.transformer.fused_attention import FusedAttention
 from megajax.transformer.linear import ColumnParallelLinear, RowParallelLinear
 from megajax.transformer.norms import L2Norm, LayerNorm, RMSNorm
-
-Array = jax.Array
 
 
 class BackendSpecProvider(Protocol):
@@ -88,45 +88,24 @@ class LocalSpecProvider:
         return ModuleSpec(StateSpace, params={"zigzag": True}) if self.zigzag else StateSpace
 
 
-class CudnnAttention(nn.Module):
-    """cuDNN's flash attention. q [B, S, N, K], k and v [B, T, G, K] -> [B, S, N, K]; needs an NVIDIA GPU and bf16/fp16.
-
-    Raises:
-      ConfigError: an option that cuDNN attention does not have; nothing falls back silently.
-    """
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array, *, mask: AttentionMask, deterministic: bool = True) -> Array:
-        cfg = self.config
-        if cfg.softmax_type != "vanilla":
-            raise ConfigError(f"softmax_type={cfg.softmax_type!r} is not in cuDNN attention; use LocalSpecProvider")
-        if cfg.attention_dropout and not deterministic:
-            raise ConfigError(f"attention_dropout={cfg.attention_dropout} is not in cuDNN attention; set it to 0")
-        plain = dataclasses.replace(mask, causal=False, window=None)
-        window = None
-        if mask.window is not None:
-            left, right = (size if size >= 0 else k.shape[1] for size in mask.window)
-            window = (left, right)
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            bias=None if mask.bias is None else mask.bias.astype(q.dtype),
-            mask=plain.dense(q.shape[1], k.shape[1]),
-            scale=softmax_scale(cfg),
-            is_causal=mask.causal,
-            local_window_size=window,
-            implementation="cudnn",
-        )
+def _gpu_here() -> Capability | None:
+    return gpu_capability(jax.devices()[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class TESpecProvider:
-    """Fused kernels for NVIDIA GPUs: cuDNN attention. Linears and norms are plain JAX, which XLA fuses itself."""
+    """Fused kernels for NVIDIA GPUs, slot by slot: `megajax.kernels` says which and why.
+
+    Attributes:
+      local: what fills the other slots: linears, norms and activations are plain JAX, which XLA fuses itself.
+      gpu: compute capability of the GPUs that will run it, those of this machine by default; None: no NVIDIA GPU.
+      attention_backend: which attention is wanted; strict: plain JAX will not do.
+    """
 
     local: LocalSpecProvider = LocalSpecProvider()
+    gpu: Capability | None = dataclasses.field(default_factory=_gpu_here)
+    attention_backend: AttentionBackend = "auto"
+    strict: bool = False
 
     def column_parallel_linear(self) -> Builder:
         """Linear whose output dim is sharded."""
@@ -145,8 +124,10 @@ class TESpecProvider:
         return self.local.qk_norm(config)
 
     def core_attention(self) -> Builder:
-        """cuDNN's flash attention."""
-        return CudnnAttention
+        """Attention by the kernel that the table chooses for each call."""
+        params = {"gpu": self.gpu, "wanted": self.attention_backend, "strict": self.strict}
+        params |= {"cp_comm_type": self.local.cp_comm_type, "zigzag": self.local.zigzag}
+        return ModuleSpec(FusedAttention, params=params)
 
     def state_space(self) -> Builder:
         """The recurrence in chunks of matrix products."""

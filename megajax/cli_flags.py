@@ -169,8 +169,8 @@ set them: they exclude each other."""
 
 IGNORED: tuple[str, ...] = (
     *("--moe-grouped-gemm", "--moe-router-dtype", "--moe-per-layer-logging", "--moe-router-fusion"),
-    *("--no-*-fusion", "--moe-permute-fusion", "--cross-entropy-loss-fusion", "--transformer-impl"),
-    *("--attention-backend", "--use-flash-attn", "--use-mcore-models", "--use-legacy-models"),
+    *("--no-*-fusion", "--moe-permute-fusion", "--cross-entropy-loss-fusion"),
+    *("--use-flash-attn", "--use-mcore-models", "--use-legacy-models"),
     *("--distributed-backend", "--local-rank", "--cuda-graph-*", "--enable-cuda-graph"),
     *("--tp-comm-overlap*", "--overlap-*", "--nccl-*", "--use-nccl-ub", "--manual-gc*", "--te-rng-tracker"),
     *("--empty-unused-memory-level",),

@@ -20,6 +20,7 @@ from megajax.config_checks import (
 )
 from megajax.config_distributed import DistributedConfig
 from megajax.config_heterogeneous import HeterogeneousLayer, heterogeneous_layers_from_json
+from megajax.config_kernels import KernelConfig
 from megajax.config_moe import LatentAttentionConfig, MoEConfig
 from megajax.config_optimizer import OptimizerConfig
 from megajax.config_parallel import ParallelConfig
@@ -31,6 +32,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "HeterogeneousLayer",
+    "KernelConfig",
     "LatentAttentionConfig",
     "MoEConfig",
     "OptimizerConfig",
@@ -455,6 +457,7 @@ class Config:
     model_family: str
     model: TransformerConfig
     parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelConfig = KernelConfig()
     distributed: DistributedConfig = DistributedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()

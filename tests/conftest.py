@@ -6,6 +6,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,7 @@ def _set_environment() -> None:
 _set_environment()
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -73,6 +75,45 @@ def pytest_configure(config: pytest.Config) -> None:
 def golden() -> Path:
     """Folder of the numbers that other programs computed: `golden / case / file`."""
     return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def reference_kernel() -> Any:
+    """What a flash kernel has to compute, in plain JAX and fp32: stands in for those that need a GPU."""
+    from megajax.ops.flash_attention import FlashKernel
+
+    def scores(q, k, bias, mask, scale):
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+        s = jnp.einsum("BSNK,BTNK->BSNT", q.astype(jnp.float32), k.astype(jnp.float32)) * scale
+        s += 0 if bias is None else bias.astype(jnp.float32).transpose(0, 2, 1, 3)
+        keep = mask.dense(q.shape[1], k.shape[1])
+        return s if keep is None else jnp.where(keep.transpose(0, 2, 1, 3), s, -jnp.inf), k
+
+    def forward(q, k, v, bias, mask, scale):
+        s, _ = scores(q, k, bias, mask, scale)
+        lse = jax.nn.logsumexp(s, axis=-1)
+        probs = jnp.exp(s - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None])
+        v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
+        return jnp.einsum("BSNT,BTNV->BSNV", probs, v).astype(q.dtype), lse
+
+    def backward(q, k, v, bias, mask, scale, y, lse, dy):
+        B, T, G, _ = k.shape
+        s, k = scores(q, k, bias, mask, scale)
+        probs, dy = jnp.exp(s - lse[..., None]), dy.astype(jnp.float32)
+        wide_v = jnp.repeat(v, q.shape[2] // G, axis=2).astype(jnp.float32)
+        dprobs = jnp.einsum("BSNV,BTNV->BSNT", dy, wide_v)
+        ds = probs * (dprobs - jnp.sum(dy * y.astype(jnp.float32), -1, keepdims=True))
+        dq = jnp.einsum("BSNT,BTNK->BSNK", ds, k.astype(jnp.float32)) * scale
+        dk = jnp.einsum("BSNT,BSNK->BTNK", ds, q.astype(jnp.float32)) * scale
+        dv = jnp.einsum("BSNT,BSNV->BTNV", probs, dy)
+        dk, dv = (x.reshape(B, T, G, -1, x.shape[-1]).sum(3) for x in (dk, dv))
+        dbias = None
+        if bias is not None:
+            dbias = ds.transpose(0, 2, 1, 3)
+            dbias = (dbias.sum(0, keepdims=True) if bias.shape[0] == 1 else dbias).astype(bias.dtype)
+        return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), dbias
+
+    return FlashKernel(forward, backward)
 
 
 @pytest.fixture

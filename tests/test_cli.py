@@ -345,12 +345,12 @@ def test_bad_lines(line: str, message: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_flags_of_pytorch_machinery_are_ignored_with_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "--no-masked-softmax-fusion --manual-gc-interval 100 --num-layers 3 --transformer-impl local"
+    line = "--no-masked-softmax-fusion --manual-gc-interval 100 --num-layers 3 --use-flash-attn"
     line += " --overlap-grad-reduce"
     assert parse(line) == model(num_layers=3)
     assert capsys.readouterr().err == (
         "warning: ignored, because JAX has no use for it: --no-masked-softmax-fusion, --manual-gc-interval,"
-        " --transformer-impl, --overlap-grad-reduce\n"
+        " --use-flash-attn, --overlap-grad-reduce\n"
     )
 
 

@@ -16,6 +16,7 @@ from megajax.config import (
     Config,
     DataConfig,
     DistributedConfig,
+    KernelConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
@@ -239,6 +240,7 @@ def test_groups_of_the_default_are_the_config_classes() -> None:
     assert groups == {
         "model": TransformerConfig,
         "parallel": ParallelConfig,
+        "kernels": KernelConfig,
         "distributed": DistributedConfig,
         "optimizer": OptimizerConfig,
         "data": DataConfig,

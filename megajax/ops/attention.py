@@ -27,7 +27,8 @@ class AttentionMask:
       window: (left, right): keys j with i - left <= j - offset <= i + right; -1 is unlimited.
       q_segment_ids, kv_segment_ids: int [B, S] and [B, T]; only equal ids see each other.
       keep: bool, broadcastable to [B, 1, S, T]; True = attend.
-      offset: index, among the keys, of query 0: the number of keys that a cache held before.
+      offset: index, among the keys, of query 0: the number of keys that a cache held before; None is 0, known before
+        the program runs.
       bias: broadcastable to [B, N, S, T]; added to the scaled scores (arXiv:1910.10683).
     """
 
@@ -36,12 +37,17 @@ class AttentionMask:
     q_segment_ids: Array | None = None
     kv_segment_ids: Array | None = None
     keep: Array | None = None
-    offset: Array | int = 0
+    offset: Array | int | None = None
     bias: Array | None = None
+
+    @property
+    def start(self) -> Array | int:
+        """The offset as a number."""
+        return 0 if self.offset is None else self.offset
 
     def dense(self, S: int, T: int) -> Array | None:
         """The same as bool, broadcastable to [B, 1, S, T], True = attend; None when everything is visible."""
-        return self.between(jnp.arange(S) + self.offset, jnp.arange(T))
+        return self.between(jnp.arange(S) + self.start, jnp.arange(T))
 
     def between(self, q_index_S: Array, k_index_T: Array) -> Array | None:
         """`dense` for queries and keys with these indices in the sequence; ids and `keep` are of just these, too."""

@@ -9,7 +9,6 @@ Engine (`cp_comm_type`).
 # B batch, S query length, T key length, N query heads, G key/value heads, K head size
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from megajax.config import ConfigError
 from megajax.ops.attention import AttentionMask, attention_dropout_kept, dot_product_attention
+from megajax.ops.flash_attention import FlashKernel, flash_attention
 from megajax.parallel.ring_attention import Ring, ring_attention
 from megajax.parallel.sharding import spec_of
 
@@ -62,12 +62,13 @@ def context_parallel_attention(
     softmax_dtype: jnp.dtype = jnp.dtype(jnp.float32),
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    local_attention: Callable[..., Array] = dot_product_attention,
+    kernel: FlashKernel | None = None,
+    value_size: int | None = None,
 ) -> Array:
     """`dot_product_attention` on the mesh in context, of global arrays laid out by the sharding table in context.
 
     Manual over every mesh axis that divides q, k or v, so that the local kernel sees plain arrays. Without a mesh or a
-    table, and where the sequence is whole and the kernel is the plain one, XLA alone lays things out.
+    table, and where the sequence is whole and attention is the plain one, XLA alone lays things out.
 
     Args:
       q_BSNK, k_BTGK, v_BTGK: S and T sharded over ("cp", "ulysses").
@@ -75,21 +76,23 @@ def context_parallel_attention(
         The offset must be 0: there is no cache under context parallelism.
       comm: between the devices of "cp", "p2p" (or "a2a+p2p") or "all_gather". Heads are traded whenever "ulysses" > 1.
       zigzag: rows are in the order of `zigzag_indices(S, size of cp)`; causality and window mean the tokens' indices.
-      local_attention: the kernel for all but p2p, called like `dot_product_attention`. For all_gather it must know
-        masks with an offset.
+      kernel: computes it in place of plain JAX; `megajax.kernels` knows what each can do, and is to be asked before.
+      value_size: as in `flash_attention`.
 
     Raises:
       ConfigError: sizes that do not divide; dropout where its mask would have to differ from one device's.
     """
     layout = _Layout.in_context()
-    options = {"scale": scale, "softmax_dtype": softmax_dtype}
-    if layout is None or (layout.cp == layout.ulysses == 1 and local_attention is dot_product_attention):
+    if layout is None or (layout.cp == layout.ulysses == 1 and kernel is None):
         drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
-        return local_attention(q_BSNK, k_BTGK, v_BTGK, mask=mask, sink_N=sink_N, **options, **drop)
+        attend = partial(dot_product_attention, softmax_dtype=softmax_dtype, **drop)
+        if kernel is not None:
+            attend = partial(flash_attention, kernel=kernel, value_size=value_size)
+        return attend(q_BSNK, k_BTGK, v_BTGK, mask=mask, scale=scale, sink_N=sink_N)
     layout.check(q_BSNK, k_BTGK, zigzag)
     if layout.cp > 1 and comm == "a2a":
         raise ConfigError(f"cp_comm_type='a2a' leaves nothing to divide over {CP}={layout.cp}; use 'a2a+p2p'")
-    if mask.bias is not None:
+    if mask.bias is not None and layout.cp * layout.ulysses > 1:
         raise ConfigError(
             "a relative position bias is not possible with context_parallel_size > 1; set it to 1, or use"
             " position_embedding_type='rope'"
@@ -98,7 +101,7 @@ def context_parallel_attention(
     zigzag = zigzag and layout.cp > 1
     kept_BNST = None
     if dropout_rate > 0.0 and dropout_key is not None:
-        if ring or zigzag or local_attention is not dot_product_attention:
+        if ring or zigzag or kernel is not None:
             raise ConfigError(
                 f"attention_dropout={dropout_rate} is only possible in plain attention, and with"
                 " context_parallel_size > 1 only with cp_comm_type='a2a'; set attention_dropout to 0"
@@ -107,9 +110,15 @@ def context_parallel_attention(
         shape = (q_BSNK.shape[0], q_BSNK.shape[2], q_BSNK.shape[1], k_BTGK.shape[1])
         kept_BNST = attention_dropout_kept(dropout_key, dropout_rate, shape)
     region = _Region(
-        layout, ring, zigzag, mask.causal, mask.window, scale, softmax_dtype, dropout_rate, local_attention
+        layout, ring, zigzag, mask.causal, mask.window, scale, softmax_dtype, dropout_rate, kernel, value_size
     )
     return region(q_BSNK, k_BTGK, v_BTGK, sink_N, mask, kept_BNST)
+
+
+def divides_keys() -> bool:
+    """Whether, on the mesh in context, keys travel around a ring or are gathered."""
+    layout = _Layout.in_context()
+    return layout is not None and layout.cp > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +173,8 @@ class _Region:
     scale: float
     softmax_dtype: jnp.dtype
     dropout_rate: float
-    local_attention: Callable[..., Array]
+    kernel: FlashKernel | None
+    value_size: int | None
 
     def __call__(
         self, q: Array, k: Array, v: Array, sink_N: Array | None, mask: AttentionMask, kept_BNST: Array | None
@@ -189,12 +199,13 @@ class _Region:
                 # Ids are small: those of the keys are collected rather than sent around.
                 *(PartitionSpec(batch, CP), PartitionSpec(batch)),
                 *(keep_spec, PartitionSpec(batch, traded, CP)),
+                PartitionSpec(batch if mask.bias is not None and mask.bias.shape[0] > 1 else None, heads),
             ),
             out_specs=q_spec,
             axis_names={*to.batch, *seq, *to.heads},
             check_vma=False,
         )
-        return attend(q, k, v, sink_N, mask.q_segment_ids, mask.kv_segment_ids, mask.keep, kept_BNST)
+        return attend(q, k, v, sink_N, mask.q_segment_ids, mask.kv_segment_ids, mask.keep, kept_BNST, mask.bias)
 
     def on_device(
         self,
@@ -207,13 +218,14 @@ class _Region:
         kv_ids: Array | None,
         keep: Array | None,
         kept: Array | None,
+        bias: Array | None,
     ) -> Array:
         k, v = (self._needed_heads(x, q.shape[2]).astype(dtype) for x in (k, v))
         if self.layout.ulysses > 1:
             q, k, v, sink = self._trade_sequence_for_heads(q, k, v, sink)
-        mask = AttentionMask(self.causal, self.window, q_ids, kv_ids, keep)
+        mask = AttentionMask(self.causal, self.window, q_ids, kv_ids, keep, bias=bias)
         if self.ring:
-            ring = Ring(CP, self.layout.cp, self.zigzag, self.scale, self.softmax_dtype)
+            ring = Ring(CP, self.layout.cp, self.zigzag, self.scale, self.softmax_dtype, self.kernel)
             sink = None if sink is None else sink.astype(self.softmax_dtype).astype(jnp.float32)
             y = jnp.asarray(ring_attention(ring, q, k, v, sink, mask))
         else:
@@ -254,17 +266,21 @@ class _Region:
         self, q: Array, k: Array, v: Array, sink: Array | None, mask: AttentionMask, kept: Array | None
     ) -> Array:
         """Attention to all keys, which are collected from the devices of `cp`."""
-        options = {"scale": self.scale, "sink_N": sink, "softmax_dtype": self.softmax_dtype, "dropout_key": None}
-        options["dropout_rate"] = 0.0 if kept is None else self.dropout_rate
-        if kept is not None:
-            options["dropout_kept_BNST"] = kept
+        if self.kernel is None:
+            attend = partial(dot_product_attention, softmax_dtype=self.softmax_dtype)
+            if kept is not None:
+                attend = partial(attend, dropout_rate=self.dropout_rate, dropout_kept_BNST=kept)
+        else:
+            attend = partial(flash_attention, kernel=self.kernel, value_size=self.value_size)
+        attend = partial(attend, scale=self.scale, sink_N=sink)
         if self.layout.cp == 1:
-            return self.local_attention(q, k, v, mask=mask, **options)
+            return attend(q, k, v, mask=mask)
         n, rank = self.layout.cp, jax.lax.axis_index(CP)
         S, T = q.shape[1], n * k.shape[1]
         kv = jax.lax.all_gather(jnp.stack((k, v)), CP, axis=2, tiled=True)
         if not self.zigzag:
-            return self.local_attention(q, *kv, mask=dataclasses.replace(mask, offset=rank * S), **options)
+            whole = self.kernel is not None and not mask.causal and mask.window is None  # no kernel has an offset
+            return attend(q, *kv, mask=mask if whole else dataclasses.replace(mask, offset=rank * S))
         order = zigzag_inverse(T, n)
         kv = jnp.take(kv, order, axis=2)
         # The early chunk is in the first half of the sequence, so causality hides all that follows from it. Unless
@@ -274,7 +290,7 @@ class _Region:
         parts = []
         for rows, chunk, keys in chunks:
             chunk_mask = dataclasses.replace(_part_of(mask, rows, order[:keys]), offset=chunk * (S // 2))
-            parts.append(self.local_attention(q[:, rows], *kv[:, :, :keys], mask=chunk_mask, **options))
+            parts.append(attend(q[:, rows], *kv[:, :, :keys], mask=chunk_mask))
         return jnp.concatenate(parts, axis=1)
 
 

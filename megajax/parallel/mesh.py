@@ -42,6 +42,17 @@ def make_abstract_mesh(parallel: ParallelConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(_sizes(parallel, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def gpu_capability(device: Any) -> tuple[int, int] | None:
+    """CUDA's compute capability of a device, present or not: (9, 0) for Hopper; None if it is no NVIDIA GPU."""
+    if device.platform not in ("gpu", "cuda"):
+        return None
+    try:
+        major, minor = str(device.compute_capability).split(".")
+    except (AttributeError, ValueError):  # a GPU of another maker
+        return None
+    return int(major), int(minor)
+
+
 def fewest_devices(parallel: ParallelConfig) -> int:
     """Devices of the smallest mesh that has the sizes asked for."""
     return math.prod(_asked(parallel).values())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from megajax.ops.attention import AttentionMask, attention_block, attention_block_gradients, merge_blocks
+from megajax.ops.flash_attention import FlashKernel, sink_gradient
 
 Array = jax.Array
 Pair = tuple[Array, Array]
@@ -24,6 +25,8 @@ class Ring:
       axis, size: the mesh axis, which must be manual, and its size (> 1).
       zigzag: device r of n holds chunks r and 2n-1-r of the sequence cut into 2n, else chunk r of n.
       scale, softmax_dtype: as in `dot_product_attention`.
+      kernel: computes each block, in place of plain JAX. It sees whole blocks and causal squares only, so there may be
+        no window, segment ids or `keep`, and causality needs the zigzag.
     """
 
     axis: str
@@ -31,6 +34,7 @@ class Ring:
     zigzag: bool
     scale: float
     softmax_dtype: jnp.dtype
+    kernel: FlashKernel | None = None
 
     def index(self, rank: Array | int, length: int) -> Array:
         """Index in the whole sequence of each of the `length` rows that device `rank` holds: [length]."""
@@ -69,9 +73,12 @@ def blocks(ring: Ring, mask: AttentionMask, step: int, rank: Array | int, S: int
         return [Block(0, S, 0, T)]
     early, late = (0, S // 2, 0, T // 2), (S // 2, S // 2, T // 2, T // 2)
     if not mask.causal or S != T:  # a window, or other keys than the queries' own: whatever there is
+        assert ring.kernel is None
         return [Block(*q[:2], *k[2:]) for q in (early, late) for k in (early, late)]
-    if step == 0:
+    if step == 0 and ring.kernel is None:
         return [Block(*early), Block(*late[:2], 0, T)]
+    if step == 0:
+        return [Block(*early), Block(*late[:2], 0, T // 2, causal=False), Block(*late)]
     half = S // 2
     same = jnp.where(jnp.asarray(rank) >= step, 0, half)
     return [Block(half, half, 0, half, causal=False), Block(same, half, same, half, causal=False)]
@@ -98,7 +105,6 @@ def ring_attention(
 def _forward(
     ring: Ring, q_BSNK: Array, k_BTGK: Array, v_BTGK: Array, sink_N: Array | None, mask: AttentionMask
 ) -> tuple[Array, tuple]:
-    options = {"scale": ring.scale, "softmax_dtype": ring.softmax_dtype}
     y = jnp.zeros(q_BSNK.shape, jnp.float32)
     lse = jnp.full(q_BSNK.shape[:3], -jnp.inf)
     kv = jnp.stack((k_BTGK, v_BTGK))
@@ -109,7 +115,7 @@ def _forward(
             def attend(state: Pair, block: Block = block, keep: Array | None = keep, kv: Array = kv) -> Pair:
                 (q0, rows, k0, columns), (old_y, old_lse) = block[:4], state
                 k, v = _cut(kv, k0, columns, dim=2)
-                part = attention_block(_cut(q_BSNK, q0, rows), k, v, keep, **options)
+                part = _block(ring, mask, block, _cut(q_BSNK, q0, rows), k, v, keep)
                 new_y, new_lse = merge_blocks(_cut(old_y, q0, rows), _cut(old_lse, q0, rows), *part)
                 return _put(old_y, new_y, q0), _put(old_lse, new_lse, q0)
 
@@ -128,7 +134,6 @@ def _forward(
 
 def _backward(ring: Ring, kept: tuple, dy_BSNK: Array) -> tuple[Array, Array, Array, Array | None, None]:
     q_BSNK, k_BTGK, v_BTGK, sink_N, mask, y_BSNK, lse = kept
-    options = {"scale": ring.scale, "softmax_dtype": ring.softmax_dtype}
     delta = jnp.sum(dy_BSNK.astype(jnp.float32) * y_BSNK.astype(jnp.float32), axis=-1)
     # Values before keys: sent as in the forward pass, XLA would merge the two and keep all that was received till now.
     vk = jnp.stack((v_BTGK, k_BTGK))
@@ -141,11 +146,10 @@ def _backward(ring: Ring, kept: tuple, dy_BSNK: Array) -> tuple[Array, Array, Ar
 
             def add(state: Pair, block: Block = block, keep: Array | None = keep, vk: Array = vk) -> Pair:
                 (q0, rows, k0, columns), (old_dq, old_dvk) = block[:4], state
-                q, dy, row_lse, row_delta, row_dq = (_cut(x, q0, rows) for x in (q_BSNK, dy_BSNK, lse, delta, old_dq))
+                of_rows = _OfRows(*(_cut(x, q0, rows) for x in (q_BSNK, y_BSNK, lse, dy_BSNK, delta)))
+                row_dq = _cut(old_dq, q0, rows)
                 v, k = _cut(vk, k0, columns, dim=2)
-                add_dq, dk, dv = attention_block_gradients(
-                    q, k, v, keep, dy_BSNK=dy, lse_BSN=row_lse, delta_BSN=row_delta, **options
-                )
+                add_dq, dk, dv = _block_gradients(ring, mask, block, of_rows, k, v, keep)
                 sum_dvk = _cut(old_dvk, k0, columns, dim=2) + jnp.stack((dv, dk))
                 return _put(old_dq, row_dq + add_dq, q0), _put(old_dvk, sum_dvk, k0, dim=2)
 
@@ -159,7 +163,7 @@ def _backward(ring: Ring, kept: tuple, dy_BSNK: Array) -> tuple[Array, Array, Ar
     dv, dk = own_dvk + travelling
     dsink = None
     if sink_N is not None:
-        dsink = -jnp.sum(jnp.exp(sink_N - lse) * delta, axis=(0, 1))
+        dsink = sink_gradient(sink_N, lse, y_BSNK, dy_BSNK)
     elif mask.keep is not None:
         blind_BSNK = jnp.where(jnp.isneginf(lse)[..., None], dy_BSNK.astype(jnp.float32), 0.0)
         total_BNK = jax.lax.psum(jnp.sum(blind_BSNK, axis=1), ring.axis)
@@ -169,6 +173,41 @@ def _backward(ring: Ring, kept: tuple, dy_BSNK: Array) -> tuple[Array, Array, Ar
 
 
 ring_attention.defvjp(_forward, _backward)
+
+
+def _block(
+    ring: Ring, mask: AttentionMask, block: Block, q: Array, k: Array, v: Array, keep: Array | None
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of attention to a block of keys, both fp32."""
+    if ring.kernel is None:
+        return attention_block(q, k, v, keep, scale=ring.scale, softmax_dtype=ring.softmax_dtype)
+    y, lse = ring.kernel.forward(q, k, v, None, AttentionMask(causal=mask.causal and block.causal), ring.scale)
+    return y.astype(jnp.float32), lse
+
+
+class _OfRows(NamedTuple):
+    """What some queries bring along: their output, log-sum-exp and delta are of attention to all keys."""
+
+    q: Array
+    y: Array
+    lse: Array
+    dy: Array
+    delta: Array
+
+
+def _block_gradients(
+    ring: Ring, mask: AttentionMask, block: Block, rows: _OfRows, k: Array, v: Array, keep: Array | None
+) -> tuple[Array, Array, Array]:
+    """What a block of keys adds to dq, and its dk and dv, all fp32."""
+    if ring.kernel is None:
+        options = {"scale": ring.scale, "softmax_dtype": ring.softmax_dtype}
+        return attention_block_gradients(
+            rows.q, k, v, keep, dy_BSNK=rows.dy, lse_BSN=rows.lse, delta_BSN=rows.delta, **options
+        )
+    causal = AttentionMask(causal=mask.causal and block.causal)
+    gradients = ring.kernel.backward(rows.q, k, v, None, causal, ring.scale, rows.y, rows.lse, rows.dy)[:3]
+    dq, dk, dv = (x.astype(jnp.float32) for x in gradients)
+    return dq, dk, dv
 
 
 def _visits(

@@ -74,7 +74,7 @@ class MambaMixer(nn.Module):
             self._step_sizes(project("in_proj_dt", cfg.mamba_num_heads or 0, "ssm_heads")),
         )
         if mask.keep is not None:
-            kept_BS1 = _kept(mask.keep, mask.offset, BS[1])
+            kept_BS1 = _kept(mask.keep, mask.start, BS[1])
             parts = Projected(*(jnp.where(kept_BS1, part, 0) for part in parts))
         dynamics = self._dynamics(E, M)
         sizes = Sizes(cfg.mamba_num_groups, cfg.mamba_head_dim, cfg.mamba_chunk_size)
@@ -129,7 +129,7 @@ class MambaMixer(nn.Module):
             return MambaCache(window, jnp.zeros((B, H, cfg.mamba_head_dim, cfg.mamba_state_dim), jnp.float32))
 
         cache = self.variable("cache", "mamba", empty)
-        before: MambaCache = jax.tree.map(lambda a: jnp.where(mask.offset == 0, 0, a).astype(a.dtype), cache.value)
+        before: MambaCache = jax.tree.map(lambda a: jnp.where(mask.start == 0, 0, a).astype(a.dtype), cache.value)
         mixed = mix(parts, dynamics, sizes, window=before.window, state=before.state)
         if not self.is_initializing():
             cache.value = MambaCache(mixed.window, mixed.state)

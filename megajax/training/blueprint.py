@@ -11,12 +11,13 @@ import optax
 from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
-from megajax.backends import LocalSpecProvider
+from megajax.backends import BackendSpecProvider
 from megajax.config import Config
 from megajax.models.family import Family
 from megajax.parallel import sharding
 from megajax.parallel.replication import refuse_accidental_copies
 from megajax.parallel.sharding import AxisRules
+from megajax.training.backend import choose_backend
 from megajax.training.optimizer import make_optimizer
 from megajax.training.stages import Stages
 from megajax.training.state import TrainState, abstract_params, create_state, state_axes, state_shardings
@@ -31,6 +32,7 @@ class Blueprint(NamedTuple):
 
     mesh: Mesh | AbstractMesh
     rules: AxisRules
+    backend: BackendSpecProvider
     model: nn.Module
     stages: Stages
     optimizer: optax.GradientTransformationExtraArgs
@@ -48,7 +50,7 @@ def draw_up(config: Config, family: Family, mesh: Mesh | AbstractMesh) -> Bluepr
       ConfigError: the model cannot be divided like that, or would leave large copies on every device by accident.
     """
     rules = sharding.axis_rules(config.parallel, config.model)
-    backend = LocalSpecProvider(cp_comm_type=config.parallel.cp_comm_type, zigzag=config.parallel.zigzag)
+    backend = choose_backend(config, mesh)
     model = family.build_model(config.model, backend)
     boxed = abstract_params(model, family, config)
     sharding.require_axes(boxed)
@@ -75,6 +77,7 @@ def draw_up(config: Config, family: Family, mesh: Mesh | AbstractMesh) -> Bluepr
     return Blueprint(
         mesh=mesh,
         rules=rules,
+        backend=backend,
         model=model,
         stages=stages,
         optimizer=optimizer,

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from megajax.backends import LocalSpecProvider
 from megajax.checkpoint import CheckpointStore
 from megajax.config import Config
 from megajax.data.build import Datasets
 from megajax.data.loader import EvaluationLoader, Loader
+from megajax.training.backend import describe_kernels, kernels_of_step
 from megajax.training.flops import peak_flops_per_second
 from megajax.training.metrics import Console, Writer, format_step
 from megajax.training.setup import Program, on_mesh, place_batch, process_rows
@@ -80,9 +82,9 @@ def train(
             size = program.batches.at(loader.consumed_samples)
             batch = loader.next_batch(size.running_global_batch_size)
             started = time.monotonic()
-            state, metrics = program.train_step(
-                state, place_batch(program, batch, num_microbatches=size.num_microbatches)
-            )
+            placed = place_batch(program, batch, num_microbatches=size.num_microbatches)
+            reporter.kernels(state, placed)
+            state, metrics = program.train_step(state, placed)
             step += 1
             if running is not None:
                 reporter.report(running)
@@ -245,8 +247,15 @@ class _Reporter:
         self._writers = writers
         self._console = console
         self._last_finished: float | None = None
+        self._kernels_are_known = isinstance(program.backend, LocalSpecProvider)
         self.trouble: str | None = None
         self._peak = peak_flops_per_second(jax.devices()[0].device_kind)
+
+    def kernels(self, state: TrainState, batch: dict[str, jax.Array]) -> None:
+        """Before the first step, which this traces: a line for each kernel."""
+        if not self._kernels_are_known:
+            self._kernels_are_known = True
+            self._console.line(describe_kernels(kernels_of_step(self._program.train_step, state, batch)))
 
     def report(self, running: _Running) -> None:
         """Waits for the step, then writes its row; every `log_interval` steps a line."""

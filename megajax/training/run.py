@@ -15,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from megajax import cli
+from megajax.backends import LocalSpecProvider
 from megajax.checkpoint import CheckpointStore
 from megajax.config import Config
 from megajax.data.build import Datasets, Sizes
@@ -92,6 +93,7 @@ def describe(program: Program, tokenizer: Tokenizer) -> str:
     mesh = mesh_axes(program.mesh)
     model, data = program.config.model, program.config.data
     device = jax.devices()[0]
+    attention = "plain JAX" if isinstance(program.backend, LocalSpecProvider) else "kernels named below"
     vocabulary = "" if model.vocab_size is None else f", vocabulary {model.vocab_size} ({tokenizer.name})"
     if jax.process_count() > 1:
         mesh += f" of {jax.process_count()} processes"
@@ -99,7 +101,7 @@ def describe(program: Program, tokenizer: Tokenizer) -> str:
         f"{program.config.model_family}: {params:,} parameters, {model.num_layers} layers, hidden size"
         f" {model.hidden_size}{vocabulary}, {model.compute_dtype}\n"
         f"{', '.join(data.data) or program.family.default_data}: sequences of {data.seq_length} tokens,"
-        f" batch {program.batches.global_batch_size}, on {mesh} ({device.device_kind}), attention in plain JAX"
+        f" batch {program.batches.global_batch_size}, on {mesh} ({device.device_kind}), attention in {attention}"
     )
 
 

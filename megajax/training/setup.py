@@ -13,6 +13,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from megajax.backends import BackendSpecProvider
 from megajax.config import Config, ConfigError
 from megajax.data.loader import ProcessRows
 from megajax.data.tokenizers import Tokenizer
@@ -49,6 +50,7 @@ class Program(NamedTuple):
     mesh: Mesh
     rules: AxisRules
     stages: Stages
+    backend: BackendSpecProvider
     model: nn.Module
     batches: BatchSchedule
     train_iters: int
@@ -98,6 +100,7 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
         mesh=mesh,
         rules=drawn.rules,
         stages=drawn.stages,
+        backend=drawn.backend,
         model=drawn.model,
         batches=batches,
         train_iters=train_iters,

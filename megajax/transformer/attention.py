@@ -13,6 +13,7 @@ from flax import linen as nn
 from megajax.config import TransformerConfig
 from megajax.config_parallel import ContextComm
 from megajax.ops.attention import AttentionMask
+from megajax.ops.flash_attention import FlashKernel
 from megajax.ops.rope import Rotary, apply_rotary
 from megajax.parallel.context import context_parallel_attention
 from megajax.parallel.sharding import constrain, merge_tokens
@@ -21,6 +22,13 @@ from megajax.transformer.linear import init_std, normal_init
 from megajax.transformer.recompute import recomputed
 
 Array = jax.Array
+
+
+class CoreKernel(NamedTuple):
+    """What computes attention, None for plain JAX; and how many features of a value are no padding."""
+
+    kernel: FlashKernel | None = None
+    value_size: int | None = None
 
 
 class DotProductAttention(nn.Module):
@@ -40,6 +48,10 @@ class DotProductAttention(nn.Module):
         cfg = self.config
         fp32 = cfg.attention_softmax_in_fp32 or cfg.apply_query_key_layer_scaling
         drop = cfg.attention_dropout if not deterministic else 0.0
+        sink_N = attention_sink(self, cfg)
+        kernel, value_size = self.kernel(q, k, mask, deterministic=deterministic)
+        if kernel is not None and self.is_initializing():
+            return jnp.zeros_like(q)  # only parameters are wanted, of many layers at once, which kernels do not know
         return context_parallel_attention(
             q,
             k,
@@ -48,11 +60,18 @@ class DotProductAttention(nn.Module):
             comm=self.cp_comm_type,
             zigzag=self.zigzag,
             scale=softmax_scale(cfg),
-            sink_N=attention_sink(self, cfg),
+            sink_N=sink_N,
             softmax_dtype=jnp.dtype(jnp.float32 if fp32 else q.dtype),
             dropout_rate=drop,
             dropout_key=self.make_rng("dropout") if drop else None,
+            kernel=kernel,
+            value_size=value_size,
         )
+
+    def kernel(self, q: Array, k: Array, mask: AttentionMask, *, deterministic: bool) -> CoreKernel:
+        """What computes this call."""
+        del q, k, mask, deterministic
+        return CoreKernel()
 
 
 def softmax_scale(config: TransformerConfig) -> float:
@@ -120,7 +139,7 @@ class SelfAttention(nn.Module):
         if rotary is not None and cfg.no_rope_freq is None:
             q_BSNK, k_BSGK = apply_rotary(q_BSNK, rotary), apply_rotary(k_BSGK, rotary)
         if decode:
-            k_BSGK, v_BSGK = self._cached(k_BSGK, v_BSGK, mask.offset)
+            k_BSGK, v_BSGK = self._cached(k_BSGK, v_BSGK, mask.start)
         core = sub.core_attention(config=cfg, name="core_attention")
         mask = dataclasses.replace(mask, window=cfg.window_size)
         y_BSNK = recomputed(core, "core_attn", cfg)(q_BSNK, k_BSGK, v_BSGK, mask=mask, deterministic=deterministic)

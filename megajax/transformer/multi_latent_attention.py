@@ -75,7 +75,7 @@ class MultiLatentAttention(nn.Module):
         if sub.kv_layernorm is not None:
             latent_BTC = sub.kv_layernorm(config=cfg, axis="head_dim", name="kv_layernorm")(latent_BTC)
         if decode:
-            latent_BTC, key_BTP = self._cached(latent_BTC, key_BTP, mask.offset)
+            latent_BTC, key_BTP = self._cached(latent_BTC, key_BTP, mask.start)
         up_BTE = self._linear(sub.linear_kv_up_proj, "linear_kv_up_proj", N * (H + V), "heads", latent_BTC)
         k_BTNH, v_BTNV = jnp.split(_heads(up_BTE, N), [H], axis=-1)
         shared_BTNP = jnp.broadcast_to(key_BTP[:, :, None], (*k_BTNH.shape[:3], P))

@@ -108,7 +108,9 @@ def plain(case: Case) -> list[np.ndarray]:
     return jax.tree.map(np.asarray, jax.tree.leaves(run(*qkv, SINK if case.sink else None)))
 
 
-def jitted(mesh: Mesh, case: Case, comm: Any, zigzag: bool, *, backward: bool, dtype: Any = jnp.float32) -> Any:
+def jitted(
+    mesh: Mesh, case: Case, comm: Any, zigzag: bool, *, backward: bool, dtype: Any = jnp.float32, kernel: Any = None
+) -> Any:
     """The program and its arguments, laid out as a model lays them out. To be used with the mesh in context."""
     order = order_of(mesh, zigzag)
     table = dict(rules(mesh, case.G))
@@ -120,7 +122,8 @@ def jitted(mesh: Mesh, case: Case, comm: Any, zigzag: bool, *, backward: bool, d
 
     def attend(q: Any, k: Any, v: Any, sink: Any) -> Any:
         mask = case.mask(order)
-        return context_parallel_attention(q, k, v, mask=mask, scale=SCALE, comm=comm, zigzag=zigzag, sink_N=sink)
+        options = {"mask": mask, "scale": SCALE, "comm": comm, "zigzag": zigzag, "sink_N": sink, "kernel": kernel}
+        return context_parallel_attention(q, k, v, **options)
 
     def both(q: Any, k: Any, v: Any, sink: Any, dy: Any) -> Any:
         y, vjp = jax.vjp(attend, q, k, v, sink)
@@ -238,18 +241,39 @@ def test_dropout_is_the_one_of_one_device(sizes: dict[str, int], comm: Any) -> N
     np.testing.assert_allclose(got, dot_product_attention(q, k, v, **options), rtol=2e-5, atol=2e-6)
 
 
-def test_kernel_sees_arrays_of_one_device_and_masks_with_an_offset() -> None:
-    mesh, seen = make_mesh(cp=2, ulysses=2, tp=2), []
+KERNEL_PAIRS: list[tuple[dict[str, int], Any, Case]] = [
+    ({"dp": 2, "tp": 4}, "p2p", Case(1, window=(3, 0), sink=True)),
+    ({"cp": 4}, "p2p", Case(2, sink=True)),
+    ({"cp": 2, "tp": 2}, "p2p", Case(1, causal=False)),
+    ({"ulysses": 2, "tp": 2}, "a2a", Case(1, window=(3, 0), packed=True)),
+    ({"cp": 2, "ulysses": 2, "tp": 2}, "a2a+p2p", Case(2)),
+    ({"cp": 2, "tp": 2}, "all_gather", Case(2, causal=False)),
+]
 
-    def kernel(q: Any, k: Any, v: Any, *, mask: AttentionMask, **options: Any) -> Any:
-        seen.append((q.shape, k.shape, mask.causal))
-        return dot_product_attention(q, k, v, mask=mask, **options)
 
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh, 2)):
-        attend = partial(context_parallel_attention, mask=AttentionMask(True), scale=SCALE, local_attention=kernel)
-        jax.eval_shape(partial(attend, comm="all_gather", zigzag=True), *Case(2).arrays()[:3])
-    # Two chunks of a quarter of the sequence; the early one needs the first half of the keys only.
-    assert seen == [((B, 4, 1, K), (B, 8, 1, K), True), ((B, 4, 1, K), (B, 16, 1, K), True)]
+@pytest.mark.parametrize(("sizes", "comm", "case"), KERNEL_PAIRS)
+def test_kernel_on_every_device_equals_plain_attention_on_one(
+    sizes: Any, comm: Any, case: Case, reference_kernel: Any
+) -> None:
+    mesh, zigzag = make_mesh(**sizes), comm != "all_gather"
+    seen = []
+
+    def forward(q: Any, k: Any, v: Any, bias: Any, mask: AttentionMask, scale: float) -> Any:
+        seen.append((q.shape[1], k.shape[1], mask.causal))
+        assert q.shape[0] * mesh.shape["dp"] == B
+        assert q.shape[2] * mesh.shape["tp"] * mesh.shape["ulysses"] == N
+        return reference_kernel.forward(q, k, v, bias, mask, scale)
+
+    kernel = reference_kernel._replace(forward=forward)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh, case.G)):
+        program, arguments = jitted(mesh, case, comm, zigzag, backward=True, kernel=kernel)
+        got = [np.asarray(x) for x in jax.tree.leaves(program(*arguments))]
+    inverse = zigzag_inverse(S, mesh.shape["cp"] if zigzag else 1)
+    for mine, expected in zip(got, plain(case), strict=True):
+        mine = mine[:, inverse] if mine.ndim == 4 else mine
+        np.testing.assert_allclose(mine, expected, rtol=2e-5, atol=2e-6)
+    if comm == "p2p" and mesh.shape["cp"] == 4:  # squares, of which the two on the diagonal are causal
+        assert seen == [(2, 2, True), (2, 2, False), (2, 2, True), *[(2, 2, False)] * 6]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

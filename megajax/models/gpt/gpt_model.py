@@ -245,7 +245,7 @@ class GPTModel(nn.Module):
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             keep=None if attention_mask is None else attention_mask.astype(bool),
-            offset=0 if cache_position is None else cache_position,
+            offset=cache_position,
         )
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids)
         return LayerInputs(mask, rotary, aux_weight=aux_weight)

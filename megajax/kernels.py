@@ -1,0 +1,180 @@
+"""Which kernel fills a slot of a layer on which GPU, and why not a faster one: one table, never a silent fallback."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import NamedTuple
+
+from megajax.config import ConfigError
+
+Capability = tuple[int, int]
+"""CUDA's compute capability: (9, 0) is Hopper."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionUse:
+    """What attention is asked for.
+
+    Attributes:
+      dtype: of queries, keys and values.
+      head_dim, value_dim: features of a query or key, and of a value.
+      window: (left, right); -1 is unlimited.
+      packed: segment ids keep the documents of a sequence apart.
+      hidden_keys: a mask hides some keys from all queries; dense_mask: it differs between queries.
+      varied_bias: one bias a sample. odd: an odd number of queries or keys.
+      sink: `softmax_type` is not "vanilla".
+      cached: keys of earlier calls come before those of this one.
+      ring, gathered: keys travel around a ring, or are gathered, under context parallelism; zigzag: balanced.
+    """
+
+    dtype: str
+    head_dim: int
+    value_dim: int
+    causal: bool
+    window: tuple[int, int] | None = None
+    packed: bool = False
+    hidden_keys: bool = False
+    dense_mask: bool = False
+    bias: bool = False
+    varied_bias: bool = False
+    odd: bool = False
+    sink: bool = False
+    dropout: bool = False
+    cached: bool = False
+    ring: bool = False
+    gathered: bool = False
+    zigzag: bool = False
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some key in the past or, without causality, in the future is out of reach."""
+        left, right = self.window or (-1, -1)
+        return left >= 0 or (right >= 0 and not self.causal)
+
+
+class Rule(NamedTuple):
+    """What a kernel cannot do: whether it is asked for, and how one says so."""
+
+    applies: Callable[[AttentionUse, Capability], bool]
+    reason: str
+
+
+_HALF = ("bfloat16", "float16")
+_EVERY_FLASH_KERNEL = (
+    Rule(lambda use, gpu: gpu < (8, 0), "needs compute capability 8.0 (A100) or more"),
+    Rule(lambda use, gpu: use.dtype not in _HALF, "computes in bf16 or fp16; set bf16=True"),
+    Rule(
+        lambda use, gpu: use.dropout,
+        "has no attention_dropout that differs from step to step; set attention_dropout=0",
+    ),
+    Rule(lambda use, gpu: use.dense_mask, "has no mask that differs between queries, which is O(S^2) of memory"),
+    Rule(
+        lambda use, gpu: use.gathered and (use.causal or use.windowed),
+        "does not know where a part of the sequence begins, as cp_comm_type='all_gather' needs; use p2p or a2a",
+    ),
+    Rule(lambda use, gpu: use.ring and use.causal and not use.zigzag, "needs the zigzag order in a ring"),
+    Rule(
+        lambda use, gpu: use.ring and (use.windowed or use.packed or use.hidden_keys),
+        "takes whole blocks and causal squares only in a ring (cp_comm_type p2p), no window, documents or hidden keys;"
+        " use a2a",
+    ),
+)
+
+# XLA's conditions for cuDNN 9.10 and later, in JAX's words: jax/_src/cudnn/fused_attention_stablehlo.py.
+_CUDNN = (
+    Rule(lambda use, gpu: use.head_dim % 8 > 0 or use.value_dim % 8 > 0, "needs head sizes that are multiples of 8"),
+    Rule(lambda use, gpu: use.head_dim > 256, "has heads of up to 256 features"),
+    Rule(lambda use, gpu: use.head_dim > 128 and gpu < (9, 0), "has heads of up to 128 features before Hopper"),
+    Rule(lambda use, gpu: use.head_dim != use.value_dim and gpu < (9, 0), "has values of another size from Hopper on"),
+    Rule(
+        lambda use, gpu: use.packed,
+        "keeps packed documents apart only with one log-sum-exp a document and position, or a dense bias",
+    ),
+    Rule(lambda use, gpu: use.varied_bias, "has no gradient of a bias that differs between samples"),
+    Rule(lambda use, gpu: use.bias and use.odd, "needs even numbers of queries and keys beside a bias"),
+    Rule(lambda use, gpu: use.hidden_keys, "would read a mask of keys as a dense bias"),
+    Rule(lambda use, gpu: use.windowed and not use.causal, "has a window to the left of causal attention only"),
+)
+
+ATTENTION: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
+    {
+        "cudnn": (*_EVERY_FLASH_KERNEL, *_CUDNN),
+        "plain": (),
+    }
+)
+"""Kernel -> what it cannot do; the fastest first."""
+
+TITLES: Mapping[str, str] = MappingProxyType({"cudnn": "cuDNN flash attention", "plain": "plain JAX"})
+
+WANTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"auto": ("cudnn", "plain"), "fused": ("cudnn",), "unfused": ("plain",), "local": ("plain",)}
+)
+"""Value of `attention_backend` -> the kernels that are meant."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a slot got. why: why nothing faster, "" where there is nothing faster."""
+
+    slot: str
+    kernel: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.slot}: {TITLES[self.kernel]}" + (f" ({self.why})" if self.why else "")
+
+
+def refusal(kernel: str, use: AttentionUse, gpu: Capability) -> str | None:
+    """Why a kernel of `ATTENTION` cannot do this on that GPU; None where it can."""
+    return next((rule.reason for rule in ATTENTION[kernel] if rule.applies(use, gpu)), None)
+
+
+def choose_attention(use: AttentionUse, gpu: Capability | None, wanted: str, *, strict: bool = False) -> Choice:
+    """The fastest kernel for a use.
+
+    Args:
+      gpu: None is no NVIDIA GPU.
+      wanted: a value of `attention_backend`.
+      strict: plain JAX is no answer, but for a cache of keys.
+
+    Raises:
+      ConfigError: none of the wanted kernels can do it.
+    """
+    if use.cached:
+        return Choice("attention to a cache", "plain", "no flash kernel knows where in a cache a query stands")
+    reasons = []
+    for kernel in WANTED[wanted]:
+        reason = "needs an NVIDIA GPU" if gpu is None and kernel != "plain" else refusal(kernel, use, gpu or (0, 0))
+        if reason is None and not (strict and kernel == "plain"):
+            return Choice("attention", kernel, "; ".join(reasons))
+        if reason is not None:
+            reasons.append(f"{TITLES[kernel]} {reason}")
+    field = "transformer_impl='transformer_engine'" if strict else f"attention_backend={wanted!r}"
+    raise ConfigError(f"{field} is not possible: {'; '.join(reasons)}; or use 'auto'")
+
+
+_RECORD: ContextVar[dict[Choice, None] | None] = ContextVar("choices of kernels", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[Choice, None]]:
+    """Collects, in order and once each, the choices of what is traced inside."""
+    found: dict[Choice, None] = {}
+    token = _RECORD.set(found)
+    try:
+        yield found
+    finally:
+        _RECORD.reset(token)
+
+
+def record(choice: Choice) -> Choice:
+    """Tells `recording`, if anyone listens."""
+    found = _RECORD.get()
+    if found is not None:
+        found[choice] = None
+    return choice

@@ -1,0 +1,54 @@
+"""Which backend builds the layers of a run: plain JAX, or fused kernels where the devices of its mesh have them."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh
+
+from megajax import kernels
+from megajax.backends import BackendSpecProvider, LocalSpecProvider, TESpecProvider
+from megajax.config import Config, ConfigError
+from megajax.kernels import Choice
+from megajax.parallel.mesh import gpu_capability
+
+
+def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProvider:
+    """The backend for the devices of a mesh, which need not be at hand. On a mesh of no devices nothing will run, so
+    any will do.
+
+    Raises:
+      ConfigError: fused kernels are asked for and the devices are no NVIDIA GPUs.
+    """
+    parallel, wanted = config.parallel, config.kernels
+    local = LocalSpecProvider(cp_comm_type=parallel.cp_comm_type, zigzag=parallel.zigzag)
+    if isinstance(mesh, AbstractMesh) or wanted.transformer_impl == "local":
+        return local
+    device = mesh.devices.flat[0]
+    gpu = gpu_capability(device)
+    if gpu is not None:
+        strict = wanted.transformer_impl == "transformer_engine"
+        return TESpecProvider(local, gpu, wanted.attention_backend, strict)
+    for field, value, usual in (
+        ("transformer_impl", wanted.transformer_impl, ("auto",)),
+        ("attention_backend", wanted.attention_backend, ("auto", "unfused", "local")),
+    ):
+        if value not in usual:
+            raise ConfigError(
+                f"{field}={value!r} needs an NVIDIA GPU, here is {device.device_kind}; use {field}='auto'"
+            )
+    return local
+
+
+def kernels_of_step(step: Any, *arguments: Any) -> tuple[Choice, ...]:
+    """What each slot of a jitted step got, found by tracing it. Called again with the same shapes, JAX remembers the
+    trace; so this comes first, and in the context in which the step will be called."""
+    with kernels.recording() as found:
+        step.eval_shape(*arguments)
+    return tuple(found)
+
+
+def describe_kernels(choices: tuple[Choice, ...]) -> str:
+    """One line a slot, for the head of a log; plain JAX where nothing was chosen."""
+    return "\n".join(map(str, choices)) or "attention: plain JAX"

@@ -1,0 +1,145 @@
+"""The table of kernels: what it chooses, what it says of what it does not choose, and what it refuses."""
+
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from megajax import kernels
+from megajax.backends import LocalSpecProvider, TESpecProvider
+from megajax.config import ConfigError, KernelConfig, TransformerConfig
+from megajax.kernels import ATTENTION, TITLES, WANTED, AttentionUse, choose_attention, refusal
+from megajax.models.gpt.gpt_model import GPTModel
+from megajax.ops import flash_attention
+
+A100, H100 = (8, 0), (9, 0)
+PLAIN_CAUSAL = AttentionUse(dtype="bfloat16", head_dim=128, value_dim=128, causal=True)
+
+CUDNN_CANNOT: list[tuple[tuple[int, int], dict[str, Any], str]] = [
+    ((7, 5), {}, "compute capability 8.0"),
+    (H100, {"dtype": "float32"}, "set bf16=True"),
+    (H100, {"head_dim": 20, "value_dim": 20}, "multiples of 8"),
+    (H100, {"head_dim": 264, "value_dim": 264}, "up to 256"),
+    (A100, {"head_dim": 192, "value_dim": 192}, "up to 128 features before Hopper"),
+    (A100, {"head_dim": 96, "value_dim": 64}, "another size from Hopper on"),
+    (H100, {"packed": True}, "packed documents"),
+    (H100, {"hidden_keys": True}, "dense bias"),
+    (H100, {"hidden_keys": True, "dense_mask": True}, "differs between queries"),
+    (H100, {"dropout": True}, "attention_dropout=0"),
+    (H100, {"window": (8, 0), "causal": False}, "left of causal"),
+    (H100, {"gathered": True}, "cp_comm_type='all_gather'"),
+    (H100, {"ring": True, "zigzag": True, "window": (8, 0)}, "whole blocks"),
+    (H100, {"ring": True}, "zigzag"),
+    (H100, {"bias": True, "varied_bias": True}, "differs between samples"),
+    (H100, {"bias": True, "odd": True}, "even numbers"),
+]
+CUDNN_CAN: list[tuple[tuple[int, int], dict[str, Any]]] = [
+    (A100, {}),
+    (A100, {"dtype": "float16", "causal": False, "bias": True}),
+    (H100, {"head_dim": 256, "value_dim": 256, "window": (4096, 0)}),
+    (H100, {"window": (-1, 5)}),
+    (H100, {"head_dim": 192, "value_dim": 128, "sink": True}),
+    (H100, {"ring": True, "zigzag": True, "sink": True}),
+    (H100, {"gathered": True, "causal": False}),
+    ((10, 0), {}),
+]
+
+
+@pytest.mark.parametrize(("gpu", "changes", "reason"), CUDNN_CANNOT)
+def test_what_cudnn_cannot_do_is_said_in_one_line(gpu: Any, changes: dict[str, Any], reason: str) -> None:
+    use = dataclasses.replace(PLAIN_CAUSAL, **changes)
+    said = refusal("cudnn", use, gpu)
+    assert said is not None
+    assert reason in said
+    choice = choose_attention(use, gpu, "auto")
+    assert choice.kernel != "cudnn"
+    assert said in choice.why
+    with pytest.raises(ConfigError, match="attention_backend='fused' is not possible: cuDNN") as error:
+        choose_attention(use, gpu, "fused")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("gpu", "changes"), CUDNN_CAN)
+def test_what_cudnn_can_do(gpu: Any, changes: dict[str, Any]) -> None:
+    choice = choose_attention(dataclasses.replace(PLAIN_CAUSAL, **changes), gpu, "auto", strict=True)
+    assert (choice.kernel, choice.why) == ("cudnn", "")
+
+
+def test_a_cache_is_read_by_plain_attention_whatever_is_asked_for() -> None:
+    choice = choose_attention(dataclasses.replace(PLAIN_CAUSAL, cached=True), H100, "fused", strict=True)
+    assert choice.kernel == "plain"
+    assert choice.slot == "attention to a cache"
+
+
+def test_fused_is_never_plain() -> None:
+    with pytest.raises(ConfigError, match="transformer_impl='transformer_engine' is not possible: cuDNN"):
+        choose_attention(dataclasses.replace(PLAIN_CAUSAL, dropout=True), H100, "auto", strict=True)
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
+        choose_attention(PLAIN_CAUSAL, None, "fused")
+
+
+def test_every_kernel_has_a_title_a_name_and_something_that_computes_it() -> None:
+    assert ATTENTION.keys() == TITLES.keys() == {"plain", *flash_attention.KERNELS}
+    assert set().union(*WANTED.values()) == ATTENTION.keys()
+    assert WANTED["auto"] == tuple(ATTENTION)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"transformer_impl": "local", "attention_backend": "fused"},
+        {"transformer_impl": "transformer_engine", "attention_backend": "unfused"},
+    ],
+)
+def test_contradictions_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"attention_backend=.* is not possible with transformer_impl"):
+        KernelConfig(**given)
+
+
+CONFIG = TransformerConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=50,
+    position_embedding_type="rope",
+    softmax_type="learnable",
+    window_size=(5, 0),
+    window_attn_skip_freq=2,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    bf16=True,
+    recompute_granularity="selective",
+)
+TOKENS = jnp.arange(2 * 16).reshape(2, 16) % 50
+
+
+def test_a_model_of_fused_attention_equals_the_plain_one(monkeypatch: Any, reference_kernel: Any) -> None:
+    """Also where attention is recomputed: then its arguments are traced once more."""
+    monkeypatch.setattr("megajax.transformer.fused_attention.KERNELS", {"cudnn": reference_kernel})
+    plain, fused = (GPTModel(CONFIG, backend=b) for b in (LocalSpecProvider(), TESpecProvider(gpu=H100)))
+    variables = plain.init(jax.random.key(0), TOKENS)
+    assert jax.tree.map(jnp.shape, fused.init(jax.random.key(0), TOKENS)) == jax.tree.map(jnp.shape, variables)
+
+    def run(model: Any) -> Any:
+        return jax.value_and_grad(lambda v: model.apply(v, TOKENS, labels=TOKENS).mean())(variables)
+
+    with kernels.recording() as found:
+        got = run(fused)
+    assert [str(choice) for choice in found] == ["attention: cuDNN flash attention"]
+    for mine, expected in zip(jax.tree.leaves(got), jax.tree.leaves(run(plain)), strict=True):
+        assert float(jnp.abs(mine - expected).max()) <= 0.03 * float(jnp.abs(expected).max())
+
+
+def test_the_choice_is_recorded_with_its_reason() -> None:
+    model = GPTModel(CONFIG, backend=TESpecProvider(gpu=H100))
+    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    segments = jnp.zeros_like(TOKENS)
+    with kernels.recording() as found:
+        jax.eval_shape(lambda v: model.apply(v, TOKENS, segment_ids=segments), variables)
+    assert len(found) == 1
+    assert str(next(iter(found))).startswith("attention: plain JAX (cuDNN flash attention keeps packed documents apart")

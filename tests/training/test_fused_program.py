@@ -1,0 +1,138 @@
+"""The training step compiled for GPUs that are not there: which kernels it calls, and what it sends."""
+
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from megajax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    KernelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TransformerConfig,
+)
+from megajax.models.registry import FAMILIES
+from megajax.parallel.aot import absent_gpus
+from megajax.parallel.census import census
+from megajax.parallel.sharding import spec_of
+from megajax.training.backend import describe_kernels, kernels_of_step
+from megajax.training.setup import Program, build_program, on_mesh
+
+SEQ, M, L = 320, 2, 2
+MODEL: dict[str, Any] = {
+    "num_layers": L,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 64,
+    "ffn_hidden_size": 256,
+    "vocab_size": 256,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "bf16": True,
+}
+
+
+def build(devices: list[Any], kernels: dict[str, Any], model: dict[str, Any], **parallel: Any) -> tuple[Program, Any]:
+    """A program and an abstract batch for it."""
+    config = Config(
+        model_family="gpt",
+        model=TransformerConfig(**MODEL | model),
+        parallel=ParallelConfig(**parallel),
+        kernels=KernelConfig(**kernels),
+        optimizer=OptimizerConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant"),
+        data=DataConfig(seq_length=SEQ),
+        train=TrainConfig(micro_batch_size=1, global_batch_size=M),
+    )
+    program = build_program(config, FAMILIES["gpt"], devices=devices)
+    place = NamedSharding(program.mesh, spec_of((None, "batch", "seq"), program.rules.table))
+    dtypes = {"tokens": jnp.int32, "labels": jnp.int32, "position_ids": jnp.int32, "loss_mask": jnp.float32}
+    return program, {name: jax.ShapeDtypeStruct((M, 1, SEQ), dtype, sharding=place) for name, dtype in dtypes.items()}
+
+
+on_h100 = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
+
+
+def calls(text: str) -> Counter[str]:
+    return Counter(re.findall(r'custom_call_target="(__cudnn[^"]*)"', text))
+
+
+# Layout -> forward and backward calls in a layer, and all-to-alls. In a ring of two: three quarters of a square at
+# home, two away.
+LAYOUTS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "tp2-sp": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 1, 0),
+    "ring2": ({"context_parallel_size": 2}, 5, 0),
+    "ulysses2": ({"context_parallel_size": 2, "cp_comm_type": "a2a"}, 1, 4),
+}
+
+
+@on_h100
+@pytest.mark.parametrize(
+    "layout",
+    ["tp2-sp", pytest.param("ring2", marks=pytest.mark.slow), pytest.param("ulysses2", marks=pytest.mark.slow)],
+)
+def test_attention_of_the_h100_program_is_cudnn(layout: str) -> None:
+    parallel, times, all_to_alls = LAYOUTS[layout]
+    program, batch = build(absent_gpus(2), {}, {}, **parallel)
+    with on_mesh(program):
+        choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+        assert describe_kernels(choices) == "attention: cuDNN flash attention"
+        lowered = program.train_step.lower(program.abstract_state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+        text = lowered.compile().as_text()
+    assert calls(text) == {"__cudnn$fmhaSoftmax": times, "__cudnn$fmhaSoftmaxBackward": times}
+    sent = Counter(c.kind for c in census(text, program.mesh) for _ in range(c.arrays) if "all-to-all" in c.kind)
+    assert sent.total() == all_to_alls
+    assert f"{SEQ},{SEQ}]" not in text  # no scores
+
+
+@on_h100
+@pytest.mark.parametrize(
+    ("kernels", "model", "parallel", "said"),
+    [
+        ({"attention_backend": "unfused"}, {}, {}, "attention: plain JAX"),
+        ({"transformer_impl": "local"}, {}, {}, "attention: plain JAX"),
+        ({}, {"bf16": False}, {}, "attention: plain JAX (cuDNN flash attention computes in bf16 or fp16; set"),
+        (
+            {},
+            {"window_size": (64, 0), "window_attn_skip_freq": 2},
+            {"context_parallel_size": 2},
+            "attention: plain JAX (cuDNN flash attention takes whole blocks",
+        ),
+    ],
+)
+def test_what_is_not_fused_is_said(kernels: Any, model: Any, parallel: Any, said: str) -> None:
+    program, batch = build(absent_gpus(2 if parallel else 1), kernels, model, **parallel)
+    with on_mesh(program):
+        choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+    assert describe_kernels(choices).startswith(said)
+
+
+@on_h100
+def test_what_is_asked_for_and_cannot_be_had_is_an_error() -> None:
+    program, batch = build(absent_gpus(1), {"attention_backend": "fused"}, {"attention_dropout": 0.1})
+    with (
+        on_mesh(program),
+        pytest.raises(ConfigError, match="attention_backend='fused' is not possible: cuDNN") as error,
+    ):
+        kernels_of_step(program.train_step, program.abstract_state, batch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kernels", [{"transformer_impl": "transformer_engine"}, {"attention_backend": "fused"}])
+def test_fused_kernels_need_a_gpu(kernels: dict[str, Any]) -> None:
+    [(field, value)] = kernels.items()
+    with pytest.raises(ConfigError, match=rf"{field}='{value}' needs an NVIDIA GPU, here is cpu; use {field}='auto'"):
+        build(jax.devices()[:1], kernels, {})
