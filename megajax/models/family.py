@@ -126,9 +126,9 @@ class Family:
       baseline: (config, data sets) -> (name, loss) of the line in the loss plot, or None.
       epilogue: what a finished run prints: the held-out measure that matters, beside what it must beat; a sample.
       write: how it continues text, for `python -m megajax.generate`; None where it does not.
-      pipeline_pieces: model -> the pieces that a pipeline calls; the parameters of the layers are those with a leading
-        logical axis "layers". None: the family has no pipeline.
-      layer_segments: model -> how its layers are stacked.
+      pipeline_pieces: model -> the pieces that a pipeline calls. None: the family has no pipeline.
+      layer_segments: model -> how the layers are stacked of each block that a pipeline divides, by its path among the
+        parameters, in the order in which they run.
       hf: Hugging Face architectures that are read and written; of several that can express a model, the first is
         written.
       megatron: Megatron's names of the weights.
@@ -151,7 +151,7 @@ class Family:
     epilogue: Callable[[Finished], Iterable[str]] = language.epilogue
     write: Write | None = None
     pipeline_pieces: Callable[[nn.Module], Pieces] | None = None
-    layer_segments: Callable[[nn.Module], tuple[Segment, ...]] | None = None
+    layer_segments: Callable[[nn.Module], Mapping[tuple[str, ...], tuple[Segment, ...]]] | None = None
     hf: Callable[[], tuple[Architecture, ...]] = tuple
     megatron: Callable[[], MegatronWeights] | None = None
 

@@ -19,6 +19,7 @@ Between forward and backward, what the derivative needs waits in a ring of 2 v p
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,20 +28,24 @@ from jax.sharding import PartitionSpec
 
 from megajax.parallel.pipeline_pieces import (
     PP,
+    Chunks,
     Ends,
     Params,
     Pieces,
     Sums,
     Work,
+    as_stream,
     at_index,
-    by_chunk,
     laid_out,
     manual_specs,
     over_stages,
     put_at,
     room,
+    select,
     shift,
+    without_chunks,
     zero_sums,
+    zeros,
 )
 from megajax.parallel.pipeline_residuals import Residuals
 
@@ -119,7 +124,7 @@ def pipeline_gradients(
     pieces: Pieces,
     schedule: Lockstep,
     params: Params,
-    rows: Tree,
+    rows: tuple[Tree, ...],
     work: Work,
     *,
     specs: Params,
@@ -127,26 +132,29 @@ def pipeline_gradients(
 ) -> tuple[Params, Array]:
     """Gradients of the weighted sum of all token losses, and the sum of the masked ones.
 
+    The model has one block of layers: with several, stages would be in different ones at the same tick.
+
     Args:
-      rows: arrays [p v n]: what `pieces.stage` is told of the rows of the parameters.
+      rows: for each block arrays [p v n]: what it is told of the rows of the parameters.
       specs, gradient_specs: partition specs of the parameters, and of the gradients while they add up.
 
     Returns:
       (gradients like params in fp32, fp32 scalar).
     """
 
-    def region(params: Params, rows: Tree, work: Work) -> tuple[Params, Array]:
+    def region(params: Params, rows: tuple[Tree, ...], work: Work) -> tuple[Params, Array]:
         return _Engine(pieces, schedule, params, rows, work, gradient_specs).gradients()
 
     return over_stages(region, specs, out_specs=(manual_specs(specs), PartitionSpec()))(params, rows, work)
 
 
 def pipeline_loss(
-    pieces: Pieces, schedule: Lockstep, params: Params, rows: Tree, work: Work, *, specs: Params
+    pieces: Pieces, schedule: Lockstep, params: Params, rows: tuple[Tree, ...], work: Work, *, specs: Params
 ) -> Array:
-    """The sum of the masked token losses alone: the forward half of the schedule."""
+    """The sum of the masked token losses alone: the forward half of the schedule, whose chunks are those of all blocks
+    together."""
 
-    def region(params: Params, rows: Tree, work: Work) -> Array:
+    def region(params: Params, rows: tuple[Tree, ...], work: Work) -> Array:
         return _Engine(pieces, schedule, params, rows, work).loss()
 
     return over_stages(region, specs, out_specs=PartitionSpec())(params, rows, work)
@@ -156,9 +164,9 @@ class _Carry(NamedTuple):
     """What goes from tick to tick. x, g: from the neighbours, an input and the gradient of an output. y: the last
     output here. ring: a slot for each item under way."""
 
-    x: Array
-    g: Array
-    y: Array
+    x: Tree
+    g: Tree
+    y: Tree
     ring: Tree
     sums: Sums
 
@@ -171,22 +179,22 @@ class _Engine:
         pieces: Pieces,
         schedule: Lockstep,
         params: Params,
-        rows: Tree,
+        rows: tuple[Tree, ...],
         work: Work,
         gradient_specs: Params | None = None,
     ) -> None:
         self.pieces, self.schedule, self.work, self.gradient_specs = pieces, schedule, work, gradient_specs
         self.stage = jax.lax.axis_index(PP)
-        self.params = params._replace(staged=by_chunk(params.staged, schedule.chunks))
-        self.rows = by_chunk(rows, schedule.chunks)
+        self.chunks = Chunks(params.staged, rows, schedule.chunks)
+        self.params = params._replace(staged=self.chunks.params)
         self.ends = Ends(pieces, params.shared, work, schedule.stages, gradient_specs)
 
     def gradients(self) -> tuple[Params, Array]:
         """All ticks: forwards, forwards and backwards, backwards."""
         schedule, first = self.schedule, jnp.int32(0)
-        self.residuals = Residuals.of(self.pieces.stage, self._chunk(first), self.ends.x_like, self.work.at(first))
-        ring = [room(schedule.slots, shape) for shape in self.residuals.shapes]
-        start = self._start(ring, zero_sums(self.params))
+        [block] = self.pieces.blocks
+        self.residuals = Residuals.of(block, self.chunks.at(0, first), self.ends.x_like, self.work.at(first))
+        start = self._start(room(schedule.slots, list(self.residuals.shapes)), zero_sums(self.params))
         turn, end = schedule.first_backward, schedule.forward_ticks
 
         def warm_up(carry: _Carry, tick: Array) -> tuple[_Carry, None]:
@@ -203,7 +211,7 @@ class _Engine:
         carry, _ = jax.lax.scan(steady, carry, jnp.arange(turn, end))
         carry, _ = jax.lax.scan(cool_down, carry, jnp.arange(end, schedule.ticks))
         gradients, loss = carry.sums
-        return gradients._replace(staged=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), gradients.staged)), loss
+        return without_chunks(gradients), loss
 
     def loss(self) -> Array:
         """The forward ticks alone."""
@@ -214,28 +222,33 @@ class _Engine:
             loss = carry.sums.loss + self.ends.loss(leaving.valid, leaving.microbatch, carry.y)
             return self._send_forward(carry._replace(sums=carry.sums._replace(loss=loss))), None
 
-        start = self._start(None, Sums(Params(None, None), jnp.float32(0)))
+        start = self._start(None, Sums(Params((), None), jnp.float32(0)))
         carry, _ = jax.lax.scan(tick, start, jnp.arange(self.schedule.forward_ticks))
         return carry.sums.loss
 
     def _start(self, ring: Tree, sums: Sums) -> _Carry:
-        zeros = jnp.zeros(self.ends.x_like.shape, self.ends.x_like.dtype)
-        return _Carry(zeros, zeros, zeros, ring, sums)
-
-    def _chunk(self, chunk: Array) -> tuple[Tree, Tree]:
-        """(parameters, rows) of a chunk of this stage."""
-        return at_index((self.params.staged, self.rows), chunk)
+        none = zeros(self.ends.x_like)
+        return _Carry(none, none, none, ring, sums)
 
     def _forward(self, carry: _Carry, tick: Array, *, keep: bool = True) -> _Carry:
         item, entering = self.schedule.forward(tick, self.stage), self.schedule.forward(tick, 0)
         new = self.ends.enter(entering.valid & (entering.chunk == 0), entering.microbatch)
-        x = jnp.where((self.stage == 0) & (item.chunk == 0), new, carry.x)
-        params, rows = self._chunk(item.chunk)
+        x = select((self.stage == 0) & (item.chunk == 0), new, carry.x)
         work = self.work.at(item.microbatch)
         if not keep:
-            return carry._replace(y=self.pieces.stage(params, rows, x, work.batch, work.weights, work.key))
-        y, kept = self.residuals.forward((params, rows), x, work)
+            return carry._replace(y=self._through_layers(item, x, work))
+        y, kept = self.residuals.forward(self.chunks.at(0, item.chunk), x, work)
         return carry._replace(y=y, ring=put_at(carry.ring, kept, item.slot))
+
+    def _through_layers(self, item: Item, x: Tree, work: Work) -> Tree:
+        def run(block: int) -> Tree:
+            params, rows = self.chunks.at(block, item.chunk)
+            y = self.pieces.blocks[block](params, rows, x, work.batch, work.weights, work.key)
+            return as_stream(y)
+
+        branches = [partial(run, block) for block in range(len(self.pieces.blocks))]
+        # Stages are in different blocks at one tick, but all members of a stage's other groups are in the same.
+        return jax.lax.switch(jnp.clip(item.chunk, 0, None) // self.chunks.of_block, branches)
 
     def _leaving(self, tick: Array) -> Item:
         """The item whose last stage runs at `tick`; invalid if its loss is not yet due."""
@@ -246,10 +259,10 @@ class _Engine:
         item, last = self.schedule.backward(tick, self.stage), self.schedule.stages - 1
         leaving, entered = self._leaving(tick), self.schedule.backward(tick, 0)
         sums, g_last = self.ends.leave(leaving.valid, leaving.microbatch, carry.y, carry.sums)
-        g = jnp.where((self.stage == last) & (item.chunk == self.schedule.chunks - 1), g_last, carry.g)
+        g = select((self.stage == last) & (item.chunk == self.schedule.chunks - 1), g_last, carry.g)
         kept = at_index(carry.ring, item.slot)
         d_params, dx = self.residuals.backward(
-            self._chunk(item.chunk), kept, self.work.at(item.microbatch), g.astype(carry.y.dtype)
+            self.chunks.at(0, item.chunk), kept, self.work.at(item.microbatch), _of_type(g, carry.y)
         )
 
         def add(total: Array, gradient: Array) -> Array:
@@ -257,10 +270,14 @@ class _Engine:
             return total.at[item.chunk].add(gradient)
 
         assert self.gradient_specs is not None
-        staged = laid_out(jax.tree.map(add, sums.gradients.staged, d_params), self.gradient_specs.staged)
+        staged = laid_out(jax.tree.map(add, sums.gradients.staged, (d_params,)), self.gradient_specs.staged)
         sums = sums._replace(gradients=sums.gradients._replace(staged=staged))
         sums = self.ends.enter_backward(entered.valid & (entered.chunk == 0), entered.microbatch, dx, sums)
         return carry._replace(sums=sums, g=shift(dx, self.schedule.stages, -1))
 
     def _send_forward(self, carry: _Carry) -> _Carry:
         return carry._replace(x=shift(carry.y, self.schedule.stages, 1))
+
+
+def _of_type(g: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda leaf, of: leaf.astype(of.dtype), g, like)

@@ -25,28 +25,42 @@ Batch = Mapping[str, Array]
 PP = "pp"
 
 
+Path = tuple[str, ...]
+"""Of a parameter, or of a module that holds some."""
+
+BlockFn = Callable[[Tree, Tree, Tree, Batch, Array, Array | None], Tree]
+"""`(parameters, rows, x, microbatch, weights, key) -> y`: some layers of a block, those that rows says the parameters
+are. A loss of their own is `attach`ed to what they return."""
+
+
 class Pieces(NamedTuple):
     """A model in the pieces of a tick. Keys are a microbatch's dropout key, None without dropout.
 
-    embed: (shared parameters, microbatch, key) -> x. stage: (stage parameters, rows, x, microbatch, weights, key) -> y,
-    where rows says which layers the parameters are, and a loss of its own is `attach`ed to what it returns. loss:
-    (shared parameters, y, microbatch, weights) -> loss. Embed and loss are called on all stages alike and return the
-    same on each.
+    embed: (shared parameters, microbatch, key) -> x, what goes from stage to stage: an array [B, S, D], or a tree of
+    such. blocks: the blocks of layers that it passes, one after the other. loss: (shared parameters, y, microbatch,
+    weights) -> loss. Embed and loss are called on all stages alike and return the same on each. read_by: for each
+    block, the small parameters outside of it that its layers read, or modules of such.
     """
 
-    embed: Callable[[Tree, Batch, Array | None], Array]
-    stage: Callable[[Tree, Tree, Array, Batch, Array, Array | None], Array]
-    loss: Callable[[Tree, Array, Batch, Array], FusedLoss]
+    embed: Callable[[Tree, Batch, Array | None], Tree]
+    blocks: tuple[BlockFn, ...]
+    loss: Callable[[Tree, Tree, Batch, Array], FusedLoss]
+    read_by: tuple[tuple[Path, ...], ...] = ()
+
+    @property
+    def reads(self) -> tuple[tuple[Path, ...], ...]:
+        """`read_by` of all blocks."""
+        return self.read_by or ((),) * len(self.blocks)
 
 
 class Params(NamedTuple):
-    """Parameters (or their gradients, or partition specs) in two trees.
+    """Parameters (or their gradients, or partition specs) in two parts.
 
-    staged: leaves [p v n, ...], divided over pp: the rows of stage 0 first, on each stage chunk after chunk.
-    shared: everything else; of these only the vocabulary's tables are divided over pp.
+    staged: for each block a tree of leaves [p v n, ...], divided over pp: the rows of stage 0 first, on each stage
+    chunk after chunk. shared: everything else; of these only the vocabulary's tables are divided over pp.
     """
 
-    staged: Tree
+    staged: tuple[Tree, ...]
     shared: Tree
 
 
@@ -79,24 +93,24 @@ class Ends:
         self._specs = gradient_specs
         first = work.at(jnp.int32(0))
         self.x_like = jax.eval_shape(pieces.embed, shared, first.batch, first.key)
-        """Shape of what goes from stage to stage."""
+        """Shapes of what goes from stage to stage."""
 
-    def enter(self, due: Array, microbatch: Array) -> Array:
+    def enter(self, due: Array, microbatch: Array) -> Tree:
         """What stage 0 takes in, or zeros."""
 
-        def embed() -> Array:
+        def embed() -> Tree:
             work = self._work.at(microbatch)
             return as_stream(self._pieces.embed(self._shared, work.batch, work.key))
 
         return jax.lax.cond(due, embed, self._zeros)
 
-    def leave(self, due: Array, microbatch: Array, y: Array, sums: Sums) -> tuple[Sums, Array]:
+    def leave(self, due: Array, microbatch: Array, y: Tree, sums: Sums) -> tuple[Sums, Tree]:
         """The loss of the microbatch whose y is the last stage's: (sums, gradient of y or zeros)."""
 
-        def finish() -> tuple[Tree, Array, Array]:
+        def finish() -> tuple[Tree, Array, Tree]:
             work = self._work.at(microbatch)
 
-            def loss(shared: Tree, y: Array) -> tuple[Array, Array]:
+            def loss(shared: Tree, y: Tree) -> tuple[Array, Array]:
                 losses = self._pieces.loss(shared, y, work.batch, work.weights)
                 return losses.weighted_sum, jnp.sum(losses.per_token * work.mask)
 
@@ -105,13 +119,13 @@ class Ends:
             d_shared, dy = pullback(jnp.float32(1))
             return self._laid_out(added(sums.gradients.shared, d_shared)), sums.loss + masked_sum, as_stream(dy)
 
-        def wait() -> tuple[Tree, Array, Array]:
+        def wait() -> tuple[Tree, Array, Tree]:
             return self._laid_out(sums.gradients.shared), sums.loss, self._zeros()
 
         shared, loss, dy = jax.lax.cond(due, finish, wait)
         return Sums(sums.gradients._replace(shared=shared), loss), dy
 
-    def loss(self, due: Array, microbatch: Array, y: Array) -> Array:
+    def loss(self, due: Array, microbatch: Array, y: Tree) -> Array:
         """The masked loss alone, or 0."""
 
         def finish() -> Array:
@@ -121,7 +135,7 @@ class Ends:
 
         return jax.lax.cond(due, finish, lambda: jnp.float32(0))
 
-    def enter_backward(self, due: Array, microbatch: Array, dx: Array, sums: Sums) -> Sums:
+    def enter_backward(self, due: Array, microbatch: Array, dx: Tree, sums: Sums) -> Sums:
         """Through the embedding, for the microbatch whose dx is stage 0's."""
 
         def backward() -> Tree:
@@ -132,18 +146,55 @@ class Ends:
         shared = jax.lax.cond(due, backward, lambda: self._laid_out(sums.gradients.shared))
         return sums._replace(gradients=sums.gradients._replace(shared=shared))
 
-    def _zeros(self) -> Array:
-        return as_stream(jnp.zeros(self.x_like.shape, self.x_like.dtype))
+    def _zeros(self) -> Tree:
+        return as_stream(zeros(self.x_like))
 
     def _laid_out(self, shared: Tree) -> Tree:
         # Both branches of a conditional must lay out what they return alike.
         return shared if self._specs is None else laid_out(shared, self._specs.shared)
 
 
+class Chunks:
+    """What a stage holds of the layers, inside the manual region.
+
+    With v chunks of each block, chunk c is one of block c // v.
+    """
+
+    def __init__(self, staged: tuple[Tree, ...], rows: tuple[Tree, ...], chunks: int) -> None:
+        """chunks: of all blocks together."""
+        self.of_block = chunks // len(staged)
+        """Chunks of a block."""
+        self.params = tuple(by_chunk(tree, self.of_block) for tree in staged)
+        self.rows = tuple(by_chunk(tree, self.of_block) for tree in rows)
+
+    def at(self, block: int, chunk: Array) -> tuple[Tree, Tree]:
+        """(parameters, rows) of a chunk of a block."""
+        return at_index((self.params[block], self.rows[block]), self.place(block, chunk))
+
+    def place(self, block: int, chunk: Array) -> Array:
+        """Where among those of its block a chunk lies."""
+        return chunk - block * self.of_block
+
+
 def zero_sums(params: Params) -> Sums:
     """Nothing added yet."""
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), tuple(params))
-    return Sums(Params(*zeros), jnp.float32(0))
+    none = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), tuple(params))
+    return Sums(Params(*none), jnp.float32(0))
+
+
+def without_chunks(gradients: Params) -> Params:
+    """Staged leaves [v, n, ...] to [v n, ...]."""
+    return gradients._replace(staged=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), gradients.staged))
+
+
+def zeros(like: Tree) -> Tree:
+    """Arrays of these shapes."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+
+def select(condition: Array, yes: Tree, no: Tree) -> Tree:
+    """`jnp.where` for trees and a condition that is one truth."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def by_chunk(tree: Tree, chunks: int) -> Tree:
@@ -165,12 +216,12 @@ def put_at(tree: Tree, values: Tree, index: Array) -> Tree:
     )
 
 
-def room(slots: int, like: Any) -> Array:
-    """Zeros [slots, ...] for arrays of a shape."""
-    return jnp.zeros((slots, *like.shape), like.dtype)
+def room(slots: int, like: Tree) -> Tree:
+    """Zeros [slots, ...] for arrays of these shapes."""
+    return jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), like)
 
 
-def shift(x: Array, stages: int, by: int) -> Array:
+def shift(x: Tree, stages: int, by: int) -> Tree:
     """x of the stage `by` before; the stages are a ring."""
     return jax.lax.ppermute(x, PP, [(stage, (stage + by) % stages) for stage in range(stages)])
 
@@ -208,9 +259,9 @@ def laid_out(gradients: Tree, specs: Tree) -> Tree:
     return jax.tree.map(of_leaf, gradients, specs)
 
 
-def as_stream(x: Array) -> Array:
+def as_stream(x: Tree) -> Tree:
     """x laid out as the residual stream."""
-    return constrain(x, "batch", "residual_seq", "act_embed")
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch", "residual_seq", "act_embed"), x)
 
 
 def added(totals: Tree, gradients: Tree) -> Tree:
@@ -218,9 +269,13 @@ def added(totals: Tree, gradients: Tree) -> Tree:
     return jax.tree.map(lambda total, gradient: total + gradient.astype(jnp.float32), totals, gradients)
 
 
-def broadcast_from(x: Array, stage: int) -> Array:
+def broadcast_from(x: Tree, stage: int) -> Tree:
     """x of one stage, on every stage."""
-    # Bits add up exactly where all but one are zero; XLA:CPU cannot sum bf16 in a manual region.
-    bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[x.dtype.itemsize]
-    mine = jnp.where(jax.lax.axis_index(PP) == stage, jax.lax.bitcast_convert_type(x, bits), 0)
-    return jax.lax.bitcast_convert_type(jax.lax.psum(mine, PP), x.dtype)
+
+    def of_leaf(leaf: Array) -> Array:
+        # Bits add up exactly where all but one are zero; XLA:CPU cannot sum bf16 in a manual region.
+        bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[leaf.dtype.itemsize]
+        mine = jnp.where(jax.lax.axis_index(PP) == stage, jax.lax.bitcast_convert_type(leaf, bits), 0)
+        return jax.lax.bitcast_convert_type(jax.lax.psum(mine, PP), leaf.dtype)
+
+    return jax.tree.map(of_leaf, x)

@@ -10,6 +10,7 @@ and ZB-H1, whose weight gradients are operations of their own.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec
 
 from megajax.parallel.pipeline_pieces import (
     PP,
+    BlockFn,
+    Chunks,
     Ends,
     Params,
     Pieces,
@@ -25,14 +28,16 @@ from megajax.parallel.pipeline_pieces import (
     Work,
     as_stream,
     at_index,
-    by_chunk,
     laid_out,
     manual_specs,
     over_stages,
     put_at,
     room,
+    select,
     shift,
+    without_chunks,
     zero_sums,
+    zeros,
 )
 from megajax.parallel.pipeline_residuals import Residuals, SplitResiduals
 from megajax.parallel.schedule_ticks import NONE, Events, StageTicks, plan_ticks
@@ -46,36 +51,45 @@ def table_gradients(
     pieces: Pieces,
     schedule: Schedule,
     params: Params,
-    rows: Tree,
+    rows: tuple[Tree, ...],
     work: Work,
     *,
     specs: Params,
     gradient_specs: Params,
 ) -> tuple[Params, Array]:
-    """As `pipeline_gradients`, by a valid schedule."""
+    """As `pipeline_gradients`, for any number of blocks, by a valid schedule of the chunks of all of them together."""
 
-    def region(params: Params, rows: Tree, work: Work) -> tuple[Params, Array]:
+    def region(params: Params, rows: tuple[Tree, ...], work: Work) -> tuple[Params, Array]:
         return _Engine(pieces, schedule, params, rows, work, gradient_specs).gradients()
 
     return over_stages(region, specs, out_specs=(manual_specs(specs), PartitionSpec()))(params, rows, work)
 
 
 class _Buffers(NamedTuple):
-    """Leaves [slots, ...]. saved: what F keeps until B or, where W needs it, until W. aside: what B keeps for W."""
+    """Of a block, leaves [slots, ...]. saved: what F keeps until B or, where W needs it, until W. aside: what B keeps
+    for W."""
 
     saved: list[Array]
     aside: list[Array]
+
+
+class _Block(NamedTuple):
+    """How the layers of a block are run. longer: of each array that F keeps whether W needs it."""
+
+    residuals: Residuals
+    split: SplitResiduals | None
+    longer: tuple[bool, ...]
 
 
 class _Carry(NamedTuple):
     """What goes from tick to tick. from_before, from_after: what the neighbours sent. inputs, output_gradients: what
     waits for its F and its B, [slots, ...]."""
 
-    from_before: Array
-    from_after: Array
-    inputs: Array
-    output_gradients: Array
-    buffers: _Buffers
+    from_before: Tree
+    from_after: Tree
+    inputs: Tree
+    output_gradients: Tree
+    buffers: tuple[_Buffers, ...]
     sums: Sums
 
 
@@ -83,39 +97,48 @@ class _Engine:
     """One stage's view of the table, inside the manual region."""
 
     def __init__(
-        self, pieces: Pieces, schedule: Schedule, params: Params, rows: Tree, work: Work, gradient_specs: Params
+        self,
+        pieces: Pieces,
+        schedule: Schedule,
+        params: Params,
+        rows: tuple[Tree, ...],
+        work: Work,
+        gradient_specs: Params,
     ) -> None:
         self.schedule, self.work, self.gradient_specs = schedule, work, gradient_specs
-        self.plan = plan_ticks(schedule)
+        self.plan = plan_ticks(schedule, len(pieces.blocks))
         self.stage = jax.lax.axis_index(PP)
-        self.params = params._replace(staged=by_chunk(params.staged, schedule.chunks))
-        self.rows = by_chunk(rows, schedule.chunks)
+        self.chunks = Chunks(params.staged, rows, schedule.chunks)
+        self.params = params._replace(staged=self.chunks.params)
         self.ends = Ends(pieces, params.shared, work, schedule.stages, gradient_specs)
-        chunk, first = self._chunk(jnp.int32(0)), work.at(jnp.int32(0))
-        self.residuals = Residuals.of(pieces.stage, chunk, self.ends.x_like, first)
-        self.split = (
-            SplitResiduals.of(self.residuals, chunk, self.ends.x_like, first) if schedule.splits_backward else None
-        )
-        self.longer = self.split.longer if self.split else (False,) * len(self.residuals.shapes)
+        self.blocks = [self._block(index, block) for index, block in enumerate(pieces.blocks)]
+
+    def _block(self, index: int, block: BlockFn) -> _Block:
+        like, first = self.ends.x_like, self.work.at(jnp.int32(0))
+        chunk = self.chunks.at(index, jnp.int32(index * self.chunks.of_block))
+        residuals = Residuals.of(block, chunk, like, first)
+        split = SplitResiduals.of(residuals, chunk, like, first) if self.schedule.splits_backward else None
+        return _Block(residuals, split, split.longer if split else (False,) * len(residuals.shapes))
 
     def gradients(self) -> tuple[Params, Array]:
         """All ticks."""
         ticks = jax.tree.map(jnp.asarray, (self.plan.stage_ticks, self.plan.events))
         carry, _ = jax.lax.scan(self._tick, self._start(), ticks)
         gradients, loss = carry.sums
-        return gradients._replace(staged=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), gradients.staged)), loss
+        return without_chunks(gradients), loss
 
     def _start(self) -> _Carry:
         slots, like = self.plan.slots, self.ends.x_like
-        lengths = (slots.saved_longer if longer else slots.saved for longer in self.longer)
-        saved = [room(length, shape) for length, shape in zip(lengths, self.residuals.shapes, strict=True)]
-        aside = [room(slots.aside, shape) for shape in self.split.cut.aside] if self.split else []
-        zeros = jnp.zeros(like.shape, like.dtype)
+        none = zeros(like)
         inputs, waiting = (room(max(count, 1), like) for count in (slots.input, slots.gradient))
-        return _Carry(zeros, zeros, inputs, waiting, _Buffers(saved, aside), zero_sums(self.params))
+        buffers = tuple(self._buffers(index, block) for index, block in enumerate(self.blocks))
+        return _Carry(none, none, inputs, waiting, buffers, zero_sums(self.params))
 
-    def _chunk(self, chunk: Array) -> tuple[Tree, Tree]:
-        return at_index((self.params.staged, self.rows), chunk)
+    def _buffers(self, index: int, block: _Block) -> _Buffers:
+        slots = self.plan.slots
+        lengths = (slots.saved_longer[index] if longer else slots.saved[index] for longer in block.longer)
+        saved = [room(length, shape) for length, shape in zip(lengths, block.residuals.shapes, strict=True)]
+        return _Buffers(saved, room(slots.aside[index], list(block.split.cut.aside)) if block.split else [])
 
     def _tick(self, carry: _Carry, tick: tuple[StageTicks, Events]) -> tuple[_Carry, None]:
         mine: StageTicks = at_index(tick[0], self.stage)
@@ -123,7 +146,7 @@ class _Engine:
         inputs = _written(carry.inputs, carry.from_before, mine.arriving_input)
         waiting = _written(carry.output_gradients, carry.from_after, mine.arriving_gradient)
         new = self.ends.enter(events.enters != NONE, jnp.maximum(events.enters, 0))
-        x = jnp.where(mine.input == NONE, new, _read(inputs, mine.input))
+        x = select(mine.input == NONE, new, _read(inputs, mine.input))
         staged, buffers, out = self._operation(mine, x, _read(waiting, mine.gradient), carry)
         sums = carry.sums._replace(gradients=carry.sums.gradients._replace(staged=staged))
         sums, dy = self.ends.leave(events.leaves != NONE, jnp.maximum(events.leaves, 0), out, sums)
@@ -132,57 +155,84 @@ class _Engine:
         from_before = self._sent(events.sends_forward, out, 1)
         return _Carry(from_before, self._sent(events.sends_backward, out, -1), inputs, waiting, buffers, sums), None
 
-    def _sent(self, sends: Array, out: Array, by: int) -> Array:
+    def _sent(self, sends: Array, out: Tree, by: int) -> Tree:
         # Whether it is an output or a gradient, and for whom, the table knows.
-        return jax.lax.cond(sends == 1, lambda: shift(out, self.schedule.stages, by), lambda: jnp.zeros_like(out))
+        return jax.lax.cond(sends == 1, lambda: shift(out, self.schedule.stages, by), lambda: zeros(out))
 
-    def _operation(self, mine: StageTicks, x: Array, g: Array, carry: _Carry) -> tuple[Tree, _Buffers, Array]:
+    def _operation(self, mine: StageTicks, x: Tree, g: Tree, carry: _Carry) -> tuple[Tree, tuple[_Buffers, ...], Tree]:
         """(gradients of the staged parameters, buffers, output or gradient of the input) after the operation."""
         work = self.work.at(mine.microbatch)
         staged, buffers = carry.sums.gradients.staged, carry.buffers
 
-        def result(staged: Tree, buffers: _Buffers, out: Array | None) -> tuple[Tree, _Buffers, Array]:
-            out = jnp.zeros_like(x) if out is None else out
-            return laid_out(staged, self.gradient_specs.staged), buffers, as_stream(out)
+        def result(changed: _Change) -> tuple[Tree, tuple[_Buffers, ...], Tree]:
+            now = _put(buffers, changed.index, changed.buffers)
+            total = staged
+            if changed.gradients is not None:
+                chunk = self.chunks.place(changed.index, mine.chunk)
+                added = jax.tree.map(
+                    lambda t, g: t.at[chunk].add(g.astype(t.dtype)), staged[changed.index], changed.gradients
+                )
+                total = _put(staged, changed.index, added)
+            out = zeros(x) if changed.out is None else changed.out
+            return laid_out(total, self.gradient_specs.staged), now, as_stream(out)
 
-        def add(gradients: Tree) -> Tree:
-            return jax.tree.map(lambda total, g: total.at[mine.chunk].add(g.astype(total.dtype)), staged, gradients)
+        runs: list[Callable[[int], _Change]] = [
+            lambda index: self._forward(index, mine, x, work, buffers[index]),
+            lambda index: self._backward(index, mine, g, work, buffers[index]),
+        ]
+        if self.schedule.splits_backward:
+            runs.append(lambda index: self._weights(index, mine, work, buffers[index]))
+        count = len(self.blocks)
+        branches = [lambda: result(_Change(0, buffers[0]))]
+        branches += [lambda run=run, index=index: result(run(index)) for run in runs for index in range(count)]
+        block = jnp.maximum(mine.chunk, 0) // self.chunks.of_block
+        return jax.lax.switch(jnp.where(mine.kind == 0, 0, 1 + (mine.kind - 1) * count + block), branches)
 
-        def saved() -> list[Array]:
-            slots = (mine.saved_longer if longer else mine.saved for longer in self.longer)
-            return [_read(buffer, slot) for buffer, slot in zip(buffers.saved, slots, strict=True)]
+    def _forward(self, index: int, mine: StageTicks, x: Tree, work: Work, buffers: _Buffers) -> _Change:
+        block = self.blocks[index]
+        y, kept = block.residuals.forward(self.chunks.at(index, mine.chunk), x, work)
+        slots = (mine.saved_longer if longer else mine.saved for longer in block.longer)
+        new = [put_at(buffer, leaf, slot) for buffer, leaf, slot in zip(buffers.saved, kept, slots, strict=True)]
+        return _Change(index, buffers._replace(saved=new), y)
 
-        def idle() -> tuple[Tree, _Buffers, Array]:
-            return result(staged, buffers, None)
+    def _saved(self, index: int, mine: StageTicks, buffers: _Buffers) -> list[Array]:
+        slots = (mine.saved_longer if longer else mine.saved for longer in self.blocks[index].longer)
+        return [_read(buffer, slot) for buffer, slot in zip(buffers.saved, slots, strict=True)]
 
-        def forward() -> tuple[Tree, _Buffers, Array]:
-            y, kept = self.residuals.forward(self._chunk(mine.chunk), x, work)
-            slots = (mine.saved_longer if longer else mine.saved for longer in self.longer)
-            new = [put_at(buffer, leaf, slot) for buffer, leaf, slot in zip(buffers.saved, kept, slots, strict=True)]
-            return result(staged, buffers._replace(saved=new), y)
+    def _backward(self, index: int, mine: StageTicks, g: Tree, work: Work, buffers: _Buffers) -> _Change:
+        block, chunk, saved = self.blocks[index], self.chunks.at(index, mine.chunk), self._saved(index, mine, buffers)
+        if block.split is None:
+            d_params, dx = block.residuals.backward(chunk, saved, work, g)
+            return _Change(index, buffers, dx, d_params)
+        dx, aside = block.split.input_gradient(chunk, saved, work, g)
+        return _Change(index, buffers._replace(aside=put_at(buffers.aside, aside, mine.aside)), dx)
 
-        def backward() -> tuple[Tree, _Buffers, Array]:
-            if self.split is None:
-                d_params, dx = self.residuals.backward(self._chunk(mine.chunk), saved(), work, g)
-                return result(add(d_params), buffers, dx)
-            dx, aside = self.split.input_gradient(self._chunk(mine.chunk), saved(), work, g)
-            return result(staged, buffers._replace(aside=put_at(buffers.aside, aside, mine.aside)), dx)
-
-        def weights() -> tuple[Tree, _Buffers, Array]:
-            assert self.split is not None
-            kept = [leaf if longer else None for leaf, longer in zip(saved(), self.longer, strict=True)]
-            aside = at_index(buffers.aside, mine.aside)
-            d_params = self.split.parameter_gradients(self._chunk(mine.chunk), kept, work, aside)
-            return result(add(d_params), buffers, None)
-
-        branches = [idle, forward, backward] + ([weights] if self.split else [])
-        return jax.lax.switch(mine.kind, branches)
+    def _weights(self, index: int, mine: StageTicks, work: Work, buffers: _Buffers) -> _Change:
+        block, saved = self.blocks[index], self._saved(index, mine, buffers)
+        assert block.split is not None
+        kept = [leaf if longer else None for leaf, longer in zip(saved, block.longer, strict=True)]
+        aside = at_index(buffers.aside, mine.aside)
+        chunk = self.chunks.at(index, mine.chunk)
+        return _Change(index, buffers, gradients=block.split.parameter_gradients(chunk, kept, work, aside))
 
 
-def _read(buffer: Array, slot: Array) -> Array:
+class _Change(NamedTuple):
+    """What an operation on a block leaves behind. gradients: of the parameters of the chunk; None: none."""
+
+    index: int
+    buffers: _Buffers
+    out: Tree = None
+    gradients: Tree = None
+
+
+def _put(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
+    return (*items[:index], item, *items[index + 1 :])
+
+
+def _read(buffer: Tree, slot: Array) -> Tree:
     return at_index(buffer, jnp.maximum(slot, 0))
 
 
-def _written(buffer: Array, value: Array, slot: Array) -> Array:
+def _written(buffer: Tree, value: Tree, slot: Array) -> Tree:
     """With `value` in its slot, if it has one."""
-    return put_at(buffer, jnp.where(slot == NONE, _read(buffer, slot), value), jnp.maximum(slot, 0))
+    return put_at(buffer, select(slot == NONE, _read(buffer, slot), value), jnp.maximum(slot, 0))

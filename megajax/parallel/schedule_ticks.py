@@ -56,13 +56,13 @@ class Events(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Lengths of the buffers: as few as the busiest stage can do with."""
+    """Lengths of the buffers: as few as the busiest stage can do with. What F and B keep has buffers for each block."""
 
     input: int
     gradient: int
-    saved: int
-    saved_longer: int
-    aside: int
+    saved: tuple[int, ...]
+    saved_longer: tuple[int, ...]
+    aside: tuple[int, ...]
 
 
 class Plan(NamedTuple):
@@ -73,8 +73,9 @@ class Plan(NamedTuple):
     slots: Slots
 
 
-def plan_ticks(schedule: Schedule) -> Plan:
-    """A valid schedule as arrays."""
+def plan_ticks(schedule: Schedule, blocks: int = 1) -> Plan:
+    """A valid schedule as arrays. blocks: of layers that the chunks are divided over, the first chunks being of the
+    first."""
     shape = (schedule.ticks, schedule.stages)
     arrays = StageTicks(np.zeros(shape, np.int32), *(np.full(shape, NONE, np.int32) for _ in StageTicks._fields[1:]))
     arrays.kind[:], arrays.chunk[:], arrays.microbatch[:] = schedule.arrays()
@@ -84,15 +85,21 @@ def plan_ticks(schedule: Schedule) -> Plan:
         for stage, op in enumerate(row)
         if op is not None
     }
-    lengths = dict.fromkeys(Slots._fields, 0)
+    lengths: dict[str, list[int]] = {name: [0] * blocks for name in Slots._fields}
+    of_block = schedule.chunks // blocks
     for stage in range(schedule.stages):
-        for buffer, held in _held(schedule, ticks, stage).items():
-            slots = _assign({at: (begin, end) for at, (begin, end, _) in held.items()})
-            lengths[buffer] = max(lengths[buffer], 1 + max(slots.values(), default=-1))
-            for at, (_, _, uses) in held.items():
-                for name, tick in uses:
-                    getattr(arrays, name)[tick, stage] = slots[at]
-    return Plan(arrays, _events(schedule), Slots(**lengths))
+        for buffer, everything in _held(schedule, ticks, stage).items():
+            apart = blocks if buffer in ("saved", "saved_longer", "aside") else 1
+            for block in range(apart):
+                held = {at: use for at, use in everything.items() if apart == 1 or at[0] // of_block == block}
+                slots = _assign({at: (begin, end) for at, (begin, end, _) in held.items()})
+                lengths[buffer][block] = max(lengths[buffer][block], 1 + max(slots.values(), default=-1))
+                for at, (_, _, uses) in held.items():
+                    for name, tick in uses:
+                        getattr(arrays, name)[tick, stage] = slots[at]
+    [input_slots, *_], [gradient_slots, *_] = lengths["input"], lengths["gradient"]
+    kept = (tuple(lengths[name]) for name in ("saved", "saved_longer", "aside"))
+    return Plan(arrays, _events(schedule), Slots(input_slots, gradient_slots, *kept))
 
 
 _Held = dict[_At, tuple[int, int, list[tuple[str, int]]]]

@@ -11,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from megajax.config import Config
+from megajax.config import Config, ConfigError
 from megajax.models.family import Family
 from megajax.parallel import sharding
 from megajax.parallel.pipeline import Lockstep, pipeline_gradients, pipeline_loss
-from megajax.parallel.pipeline_pieces import Params, Pieces, Work
+from megajax.parallel.pipeline_pieces import BlockFn, Params, Path, Pieces, Work
 from megajax.parallel.pipeline_table import table_gradients
 from megajax.parallel.schedules import make_schedule
 from megajax.parallel.sharding import AxisRules
-from megajax.training.stages import Stages, merge_params, split_params
+from megajax.training.stages import Stages
 from megajax.training.state import TrainState
 
 Array = jax.Array
@@ -114,32 +115,51 @@ class PipelineProgram:
         *,
         data_parallel_size: int,
     ) -> None:
-        self._pieces, self._stages, self._config = pieces, stages, config
+        self._pieces, self._stages, self._config = pieces._replace(blocks=_with_what_they_read(pieces)), stages, config
         self._axes, self._data_parallel_size = param_axes, data_parallel_size
         self._specs = self._specs_of(rules.table)
         self._gradient_specs = self._specs_of(rules.gradient_table)
         self._engine(config.parallel.pipeline_model_parallel_size)  # refuses at the start what no schedule can do
 
     def _specs_of(self, table: Mapping[str, tuple[str, ...]]) -> Params:
-        axes = split_params(self._axes, self._axes)
-        return Params(*(sharding.specs_of_axes(part, table) for part in axes))
+        axes = self._stages.split(self._axes, self._pieces.reads, lambda names: ("layers", *names))
+        staged = tuple(sharding.specs_of_axes(block, table) for block in axes.staged)
+        return Params(staged, sharding.specs_of_axes(axes.shared, table))
+
+    def _split(self, params: Any) -> Params:
+        def each(leaf: Array) -> Array:
+            return jnp.broadcast_to(leaf, (self._stages.chunks, *leaf.shape))
+
+        return self._stages.split(params, self._pieces.reads, each)
+
+    @property
+    def _chunks(self) -> int:
+        """Of a stage, all blocks together."""
+        return self._config.parallel.num_virtual_stages_per_pipeline_rank * len(self._pieces.blocks)
 
     def _lockstep(self, microbatches: int) -> Lockstep:
-        parallel = self._config.parallel
-        return Lockstep(
-            parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank, microbatches
-        )
+        return Lockstep(self._config.parallel.pipeline_model_parallel_size, self._chunks, microbatches)
 
     def _engine(self, microbatches: int) -> Callable[..., tuple[Params, Array]]:
         """Of the arguments of `pipeline_gradients` the ones after the schedule."""
-        parallel = self._config.parallel
-        if parallel.resolved_pipeline_engine == "lockstep":
+        parallel, several = self._config.parallel, len(self._pieces.blocks) > 1
+        if several and parallel.pipeline_engine == "lockstep":
+            raise ConfigError(
+                f"pipeline_engine='lockstep' runs one stack of layers, and --model {self._config.model_family} has"
+                f" {len(self._pieces.blocks)}; leave it out"
+            )
+        if several and parallel.pipeline_schedule == "zb-h1":
+            raise ConfigError(
+                f"pipeline_schedule='zb-h1' runs one chunk a stage, and --model {self._config.model_family} has one for"
+                f" each of its {len(self._pieces.blocks)} stacks; use 1f1b"
+            )
+        if not several and parallel.resolved_pipeline_engine == "lockstep":
             return partial(pipeline_gradients, self._pieces, self._lockstep(microbatches))
         schedule = make_schedule(
             parallel.pipeline_schedule,
             parallel.pipeline_model_parallel_size,
             microbatches,
-            parallel.num_virtual_stages_per_pipeline_rank,
+            self._chunks,
             group=parallel.microbatch_group_size_per_vp_stage,
         )
         return partial(table_gradients, self._pieces, schedule)
@@ -149,13 +169,13 @@ class PipelineProgram:
         weights = _scaled_weights(state, batch["loss_mask"], self._config, self._data_parallel_size)
         work = Work(dict(batch), weights, batch["loss_mask"], _dropout_key(state, self._config))
         grads, loss_sum = self._engine(weights.shape[0])(
-            split_params(state.params, self._axes),
+            self._split(state.params),
             self._stages.rows(),
             work,
             specs=self._specs,
             gradient_specs=self._gradient_specs,
         )
-        return merge_params(grads), loss_sum
+        return self._stages.merge(grads, self._pieces.reads), loss_sum
 
     def evaluate(self, params: Any, batch: Batch) -> tuple[Array, Array]:
         """See `EvalStep`."""
@@ -163,12 +183,27 @@ class PipelineProgram:
         loss_sum = pipeline_loss(
             self._pieces,
             self._lockstep(mask.shape[0]),
-            split_params(params, self._axes),
+            self._split(params),
             self._stages.rows(),
             Work(dict(batch), mask, mask, None),
             specs=self._specs,
         )
         return loss_sum, jnp.sum(mask)
+
+
+def _with_what_they_read(pieces: Pieces) -> tuple[BlockFn, ...]:
+    """The blocks as the engines call them: what a block reads beside its layers comes as its chunk's only row."""
+
+    def of_block(block: BlockFn, read: tuple[Path, ...]) -> BlockFn:
+        def run(params: Any, *rest: Any) -> Any:
+            named: dict[Path, Array] = flatten_dict(params)  # type: ignore[assignment]
+            is_read = {path: any(path[: len(name)] == name for name in read) for path in named}
+            params = unflatten_dict({path: leaf[0] if is_read[path] else leaf for path, leaf in named.items()})
+            return block(params, *rest)
+
+        return run if read else block
+
+    return tuple(of_block(*pair) for pair in zip(pieces.blocks, pieces.reads, strict=True))
 
 
 def make_eval_step(model: nn.Module, family: Family) -> EvalStep:

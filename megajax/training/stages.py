@@ -8,6 +8,7 @@ the rows of a stack lie in another order, with padding between them: they are mo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,10 @@ from megajax.checkpoint.tree import spread_evenly
 from megajax.config import Config, ConfigError
 from megajax.models.family import Family
 from megajax.parallel.pipeline_layout import parse_layout, split_layers
-from megajax.parallel.pipeline_pieces import Params
+from megajax.parallel.pipeline_pieces import Params, Path
 from megajax.parallel.sharding import is_box
 from megajax.transformer.block import StackRows
+from megajax.transformer.stack import Segment
 from megajax.transformer.stages import PADDING, Placement, StackPlacement, place_layers
 
 Array = jax.Array
@@ -31,7 +33,7 @@ Tree = Any
 
 
 def layers_per_stage(config: Config) -> tuple[int, ...]:
-    """How many layers each virtual stage runs."""
+    """How many layers of the last block each virtual stage runs; a model has one block, or others before it."""
     parallel, num_layers = config.parallel, config.model.num_layers
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     if parallel.pipeline_model_parallel_layout is not None:
@@ -48,11 +50,34 @@ def layers_per_stage(config: Config) -> tuple[int, ...]:
     )
 
 
+def _layers_before(config: Config, segments: tuple[Segment, ...], block: Path) -> tuple[int, ...]:
+    """How many layers of a block before the last each virtual stage runs: all the same."""
+    parallel, count = config.parallel, sum(len(segment.stacks) * segment.repeats for segment in segments)
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if parallel.pipeline_model_parallel_layout is not None:
+        layout = parallel.pipeline_model_parallel_layout
+        raise ConfigError(
+            f"pipeline_model_parallel_layout={layout!r} has no letter for layers of the {'/'.join(block)}; drop it"
+        )
+    if count % (stages * chunks):
+        raise ConfigError(
+            f"the {count} layers of the {'/'.join(block)} are not divisible by pipeline_model_parallel_size={stages}"
+            f" times num_virtual_stages_per_pipeline_rank={chunks}; change one of them"
+        )
+    return (count // (stages * chunks),) * (stages * chunks)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Where the layers of a model lie; without a pipeline, one stage with all of them in order."""
+    """Where the layers of a model lie; without a pipeline, one stage with all of them in order.
 
-    placement: Placement
+    Attributes:
+      blocks: the blocks of layers that are divided over stages, by their paths, in the order in which they run.
+      chunks: of each block, all stages together.
+    """
+
+    blocks: dict[Path, Placement]
+    chunks: int = 1
 
     @classmethod
     def of(cls, model: nn.Module, family: Family, config: Config) -> Stages:
@@ -62,36 +87,36 @@ class Stages:
           ConfigError: the layers cannot be divided like that.
         """
         parallel = config.parallel
-        if parallel.pipeline_model_parallel_size == 1:
+        stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+        if stages == 1:
             return cls({})
         if family.layer_segments is None:
             raise ConfigError(
                 f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}: --model {family.name} has no"
                 " pipeline; set it to 1"
             )
+        segments = family.layer_segments(model)
+        *before, last = segments
+        layers = {block: _layers_before(config, segments[block], block) for block in before}
+        layers[last] = layers_per_stage(config)
         return cls(
-            place_layers(
-                family.layer_segments(model),
-                layers_per_stage(config),
-                stages=parallel.pipeline_model_parallel_size,
-                chunks=parallel.num_virtual_stages_per_pipeline_rank,
-            )
+            {block: place_layers(segments[block], layers[block], stages=stages, chunks=chunks) for block in segments},
+            stages * chunks,
         )
 
     @property
     def in_order(self) -> bool:
         """Whether layers lie as they are stored."""
-        return all(stack.is_order_of_layers for stack in self.placement.values())
+        return all(stack.is_order_of_layers for block in self.blocks.values() for stack in block.values())
 
-    def rows(self) -> dict[str, StackRows]:
-        """What a stage is told of its rows; leaves [p v n]."""
-        return {
-            name: StackRows(
-                jnp.asarray(stack.layer, jnp.int32),
-                jnp.asarray(stack.source != PADDING) if stack.has_padding else None,
-            )
-            for name, stack in self.placement.items()
-        }
+    def rows(self) -> tuple[dict[str, StackRows], ...]:
+        """What a stage is told of its rows, by block; leaves [p v n]."""
+
+        def of_stack(stack: StackPlacement) -> StackRows:
+            valid = jnp.asarray(stack.source != PADDING) if stack.has_padding else None
+            return StackRows(jnp.asarray(stack.layer, jnp.int32), valid)
+
+        return tuple({name: of_stack(stack) for name, stack in block.items()} for block in self.blocks.values())
 
     def placed_shapes(self, boxed: Tree) -> Tree:
         """Shapes as stored (boxed with their axes) to shapes as they lie."""
@@ -99,7 +124,8 @@ class Stages:
         def place(path: Any, box: Any) -> Any:
             stack = self._stack(path)
             if stack is None:
-                return box
+                whole = self.blocks and box.names[:1] == ("layers",)
+                return box.replace(names=("every_stage", *box.names[1:])) if whole else box
             shape = (len(stack.source), *box.value.shape[1:])
             return box.replace(value=jax.ShapeDtypeStruct(shape, box.value.dtype))
 
@@ -151,25 +177,44 @@ class Stages:
         return jax.tree_util.tree_map_with_path(of_leaf, state, abstract_state)
 
     def _stack(self, path: Any) -> StackPlacement | None:
-        keys = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return next((self.placement[key] for key in keys if key in self.placement), None)
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for block, stacks in self.blocks.items():
+            # An optimizer's state holds trees like the parameters, some of them under keys of its own.
+            for start in range(len(keys) - len(block)):
+                end = start + len(block)
+                if keys[start:end] == block and keys[end] in stacks:
+                    return stacks[keys[end]]
+        return None
+
+    def split(self, params: Tree, reads: tuple[tuple[Path, ...], ...], each: Callable[[Any], Any]) -> Params:
+        """A tree like the parameters into what lies on stages and what all stages share.
+
+        reads: see `Pieces`. each: a leaf that a block reads to one with a row for each chunk.
+        """
+        named: dict[Path, Any] = flatten_dict(params)  # type: ignore[assignment]
+        staged: list[dict[Path, Any]] = []
+        taken: set[Path] = set()
+        for (block, stacks), read in zip(self.blocks.items(), reads, strict=True):
+            own = {(*block, stack) for stack in stacks}
+            mine = {path: leaf for path, leaf in named.items() if path[: len(block) + 1] in own}
+            others = [path for path in named if any(path[: len(name)] == name for name in read)]
+            taken |= mine.keys() | set(others)
+            staged.append(mine | {path: each(named[path]) for path in others})
+        shared = {path: leaf for path, leaf in named.items() if path not in taken}
+        return Params(tuple(unflatten_dict(tree) for tree in staged), unflatten_dict(shared))
+
+    def merge(self, gradients: Params, reads: tuple[tuple[Path, ...], ...]) -> Tree:
+        """Inverse of `split`, for gradients: those of what blocks read add up over the chunks."""
+        merged: dict[Path, Any] = dict(flatten_dict(gradients.shared))  # type: ignore[arg-type]
+        for tree, read in zip(gradients.staged, reads, strict=True):
+            for path, leaf in flatten_dict(tree).items():
+                if any(path[: len(name)] == name for name in read):
+                    leaf = jnp.sum(leaf, axis=0) + merged.get(path, 0)  # type: ignore[arg-type]
+                merged[path] = leaf  # type: ignore[index]
+        return unflatten_dict(merged)
 
 
 def _placed(leaf: Array, stack: StackPlacement) -> Array:
     rows = jnp.take(leaf, np.maximum(stack.source, 0), axis=0)
     keep = (stack.source != PADDING).reshape(-1, *(1,) * (leaf.ndim - 1))
     return jnp.where(keep, rows, 0) if stack.has_padding else rows
-
-
-def split_params(tree: Tree, param_axes: Tree) -> Params:
-    """A tree like the parameters into what lies on stages and what all stages share."""
-    axes: dict[Any, Any] = flatten_dict(param_axes)
-    named: dict[Any, Any] = flatten_dict(tree)
-    staged = {path: leaf for path, leaf in named.items() if axes[path][:1] == ("layers",)}
-    shared = {path: leaf for path, leaf in named.items() if path not in staged}
-    return Params(unflatten_dict(staged), unflatten_dict(shared))
-
-
-def merge_params(params: Params) -> Tree:
-    """Inverse of `split_params`."""
-    return unflatten_dict(flatten_dict(params.staged) | flatten_dict(params.shared))

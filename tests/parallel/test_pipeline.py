@@ -46,7 +46,7 @@ def _loss(shared: Tree, y: jax.Array, batch: Any, weights: jax.Array) -> FusedLo
     return FusedLoss(jnp.sum(per_token * weights), per_token)
 
 
-PIECES = Pieces(_embed, _layers, _loss)
+PIECES = Pieces(_embed, (_layers,), _loss)
 
 
 def _model(layers: int, microbatches: int) -> tuple[Params, Work]:
@@ -66,12 +66,12 @@ def _model(layers: int, microbatches: int) -> tuple[Params, Work]:
     scale = 1 + normal(microbatches, BATCH, SEQ)
     mask = jnp.asarray(rng.random(tokens.shape) < 0.7, jnp.float32)
     work = Work({"tokens": tokens, "scale": scale}, mask / mask.sum(), mask, jax.random.key(1))
-    return Params(staged, {"table": normal(VOCAB, WIDTH)}), work
+    return Params((staged,), {"table": normal(VOCAB, WIDTH)}), work
 
 
 @jax.jit
 def _plain(params: Params, work: Work) -> tuple[Params, jax.Array]:
-    rows = {"index": jnp.arange(params.staged["bias"].shape[0])}
+    rows = {"index": jnp.arange(params.staged[0]["bias"].shape[0])}
 
     def total(params: Params) -> tuple[jax.Array, jax.Array]:
         weighted = masked = jnp.float32(0)
@@ -79,7 +79,10 @@ def _plain(params: Params, work: Work) -> tuple[Params, jax.Array]:
             one = work.at(jnp.int32(microbatch))
             x = _embed(params.shared, one.batch, one.key)
             losses = _loss(
-                params.shared, _layers(params.staged, rows, x, one.batch, one.weights, one.key), one.batch, one.weights
+                params.shared,
+                _layers(params.staged[0], rows, x, one.batch, one.weights, one.key),
+                one.batch,
+                one.weights,
             )
             weighted, masked = weighted + losses.weighted_sum, masked + jnp.sum(losses.per_token * one.mask)
         return weighted, masked
@@ -102,7 +105,7 @@ def _gradients(name: str, stages: int, chunks: int, params: Params, work: Work) 
         run, schedule = table_gradients, make_schedule(name, stages, microbatches, chunks)
     with jax.set_mesh(mesh), nn.logical_axis_rules(()):
         placed = jax.device_put(placed, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
-        rows = {"index": jnp.asarray(order, jnp.int32)}
+        rows = ({"index": jnp.asarray(order, jnp.int32)},)
         gradients, loss = jax.jit(lambda p, w: run(PIECES, schedule, p, rows, w, **options))(placed, work)  # type: ignore[arg-type]
     back = np.argsort(order)
     return gradients._replace(staged=jax.tree.map(lambda a: np.asarray(a)[back], gradients.staged)), loss

@@ -16,10 +16,10 @@ from megajax.parallel.schedules import SCHEDULES, make_schedule
     ("name", "stages", "microbatches", "chunks", "slots"),
     [
         # 1F1B: the first stage holds p, an input waits for one tick at most
-        ("1f1b", 4, 8, 1, Slots(input=1, gradient=1, saved=4, saved_longer=0, aside=0)),
-        ("gpipe", 2, 5, 1, Slots(input=1, gradient=5, saved=5, saved_longer=0, aside=0)),
+        ("1f1b", 4, 8, 1, Slots(input=1, gradient=1, saved=(4,), saved_longer=(0,), aside=(0,))),
+        ("gpipe", 2, 5, 1, Slots(input=1, gradient=5, saved=(5,), saved_longer=(0,), aside=(0,))),
         # ZB-H1: as many as 1F1B, however many microbatches
-        ("zb-h1", 4, 32, 1, Slots(input=1, gradient=1, saved=4, saved_longer=4, aside=4)),
+        ("zb-h1", 4, 32, 1, Slots(input=1, gradient=1, saved=(4,), saved_longer=(4,), aside=(4,))),
     ],
 )
 def test_slots(name, stages, microbatches, chunks, slots):

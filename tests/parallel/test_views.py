@@ -62,5 +62,5 @@ def test_full_recomputation_keeps_no_weights(recompute: dict[str, Any]):
     weights = jnp.ones((1, SEQ))
     chunk = ({"decoder": {"layers": params["decoder"]["layers"]}}, rows)
     x = jax.ShapeDtypeStruct((1, SEQ, HIDDEN), jnp.float32)
-    kept = Residuals.of(pieces.stage, chunk, x, Work(batch, weights, weights, None)).shapes
+    kept = Residuals.of(pieces.blocks[0], chunk, x, Work(batch, weights, weights, None)).shapes
     assert sum(shape.size for shape in kept) <= LAYERS * (SEQ * HIDDEN + 3 * SEQ * SEQ)

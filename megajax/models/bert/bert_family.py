@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from megajax.interop.hf_architecture import Architecture
     from megajax.models.family import Batch, MegatronWeights
     from megajax.ops.cross_entropy import FusedLoss
+    from megajax.parallel.pipeline_pieces import Pieces
+    from megajax.transformer.stack import Segment
 
 DEFAULT = Config(
     model_family="bert",
@@ -91,6 +93,38 @@ def loss(
 
 def _inputs(batch: Any) -> dict[str, Any]:
     return {name: batch[name] for name in ("attention_mask", "tokentype_ids", "position_ids")}
+
+
+def pipeline_pieces(model: nn.Module) -> Pieces:
+    """Embedding, layers and losses; see `megajax.models.family.Family.pipeline_pieces`."""
+    from megajax.parallel.pipeline_pieces import Pieces
+
+    def rngs(key: jax.Array | None) -> dict[str, Any]:
+        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
+
+    def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
+        arguments = (batch["tokens"], batch["position_ids"], batch["tokentype_ids"])
+        return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
+
+    def layers(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
+        del weights
+        inputs = model.apply({}, batch["position_ids"], batch["attention_mask"], method="layer_inputs")
+        return model.apply({"params": params}, x, inputs, rows, method="run_layers", **rngs(key))
+
+    def loss(shared: Any, x: jax.Array, batch: Batch, weights: jax.Array) -> Any:
+        arguments = (x, batch["labels"], weights)
+        return model.apply({"params": shared}, *arguments, is_random=batch["is_random"], method="loss_sum_of_stream")
+
+    return Pieces(embed, (layers,), loss)
+
+
+def layer_segments(model: nn.Module) -> Mapping[tuple[str, ...], tuple[Segment, ...]]:
+    """How the encoder's layers are stacked."""
+    from megajax.models.bert.bert_model import BertModel
+    from megajax.transformer.block import stack_layout
+
+    assert isinstance(model, BertModel)
+    return {("encoder",): stack_layout(model.resolved_config, model.layer_specs)}
 
 
 def example_inputs(config: BertConfig, batch: int, seq_length: int) -> tuple[Any, ...]:
@@ -209,6 +243,8 @@ BERT = Family(
     batch_axes={"is_random": ("batch",)},
     flops=flops,
     epilogue=epilogue,
+    pipeline_pieces=pipeline_pieces,
+    layer_segments=layer_segments,
     hf=hf,
     megatron=megatron,
 )

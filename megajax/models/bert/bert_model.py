@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, D hidden, V vocabulary
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from megajax.models.common.language_module.language_module import (
 from megajax.ops.attention import AttentionMask
 from megajax.ops.cross_entropy import CrossEntropyOptions, FusedLoss, cross_entropy
 from megajax.spec import Builder
-from megajax.transformer.block import LayerInputs, TransformerBlock
+from megajax.transformer.block import LayerInputs, StackRows, TransformerBlock
 
 Array = jax.Array
 
@@ -145,10 +146,14 @@ class BertModel(nn.Module):
         """The encoder's output [B, S, D]. Arguments as for `__call__`."""
         if position_ids is None:
             position_ids = jnp.arange(tokens.shape[1])[None, :]
+        x_BSD = self.embed(tokens, position_ids, tokentype_ids, deterministic=deterministic)
+        return self.encoder(x_BSD, self.layer_inputs(position_ids, attention_mask), deterministic=deterministic)
+
+    def layer_inputs(self, position_ids: Array, attention_mask: Array | None = None) -> LayerInputs:
+        """What every layer needs beside the residual stream. Arguments as for `__call__`."""
         keep = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x_BSD = self.embedding(tokens, position_ids, tokentype_ids=tokentype_ids, deterministic=deterministic)
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids)
-        return self.encoder(x_BSD, LayerInputs(AttentionMask(keep=keep), rotary), deterministic=deterministic)
+        return LayerInputs(AttentionMask(keep=keep), rotary)
 
     def embed_texts(self, tokens: Array, *, attention_mask: Array, **inputs: Any) -> Array:
         """The mean state of each text's tokens, fp32 [B, D], its first and its last (CLS and SEP) left out.
@@ -170,8 +175,10 @@ class BertModel(nn.Module):
           is_random: int [B], the class that the binary head has to find, -1 for none; it needs the head. inputs: as for
             `hidden_states`.
         """
+        return self._loss_sum(self.hidden_states(tokens, **inputs), labels, weights, is_random)
+
+    def _loss_sum(self, hidden_BSD: Array, labels: Array, weights: Array, is_random: Array | None) -> FusedLoss:
         cfg = self.resolved_config
-        hidden_BSD = self.hidden_states(tokens, **inputs)
         losses = language_model_loss_sum(
             self._transformed(hidden_BSD), self.output_weight(), labels, weights, cfg, self._bias()
         )
@@ -183,6 +190,25 @@ class BertModel(nn.Module):
         loss_B = cross_entropy(logits_B2, is_random, CrossEntropyOptions(2)) * known_B
         mean = jnp.sum(loss_B) / jnp.maximum(jnp.sum(known_B), 1.0)
         return losses._replace(weighted_sum=losses.weighted_sum + jnp.sum(weights) * mean)
+
+    # A pipeline calls the model in three pieces, each with its own part of the parameters.
+
+    def embed(self, tokens: Array, position_ids: Array, tokentype_ids: Array | None, *, deterministic: bool) -> Array:
+        """The residual stream before the first layer, [B, S, D]."""
+        return self.embedding(tokens, position_ids, tokentype_ids=tokentype_ids, deterministic=deterministic)
+
+    def run_layers(
+        self, x_BSD: Array, inputs: LayerInputs, rows: Mapping[str, StackRows], *, deterministic: bool
+    ) -> Array:
+        """x [B, S, D] through the layers that the parameters hold, which `rows` names."""
+        return self.encoder(x_BSD, inputs, deterministic=deterministic, rows=rows, final_norm=False)
+
+    def loss_sum_of_stream(
+        self, x_BSD: Array, labels: Array, weights: Array, *, is_random: Array | None = None
+    ) -> FusedLoss:
+        """`loss_sum` from the residual stream after the last layer, [B, S, D]."""
+        hidden_BSD = self.encoder(x_BSD, LayerInputs(AttentionMask()), rows={})
+        return self._loss_sum(hidden_BSD, labels, weights, is_random)
 
     def _binary(self, hidden_BSD: Array) -> Array | None:
         cfg = self.resolved_config

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
@@ -97,7 +98,7 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
         arguments = (batch["tokens"], batch["position_ids"])
         return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
 
-    def stage(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
+    def layers(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
         arguments = (batch["position_ids"], batch.get("segment_ids"))
         inputs = model.apply({}, *arguments, aux_weight=weights.sum(), method="layer_inputs")
         return model.apply({"params": params}, x, inputs, rows, method="run_layers", **rngs(key))
@@ -114,16 +115,16 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
             method="loss_sum_of_stream",
         )
 
-    return Pieces(embed, stage, loss)
+    return Pieces(embed, (layers,), loss)
 
 
-def layer_segments(model: nn.Module) -> tuple[Segment, ...]:
-    """How the layers are stacked."""
+def layer_segments(model: nn.Module) -> Mapping[tuple[str, ...], tuple[Segment, ...]]:
+    """How the decoder's layers are stacked."""
     from megajax.models.gpt.gpt_model import GPTModel
     from megajax.transformer.block import stack_layout
 
     assert isinstance(model, GPTModel)
-    return stack_layout(model.resolved_config, model.layer_specs)
+    return {("decoder",): stack_layout(model.resolved_config, model.layer_specs)}
 
 
 def hf() -> tuple[Architecture, ...]:

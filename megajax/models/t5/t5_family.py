@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from megajax.interop.hf_architecture import Architecture
     from megajax.models.family import Batch, MegatronWeights
     from megajax.ops.cross_entropy import FusedLoss
+    from megajax.parallel.pipeline_pieces import Pieces
+    from megajax.transformer.stack import Segment
 
 DEFAULT = Config(
     model_family="t5",
@@ -95,6 +97,50 @@ def loss(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="loss_sum",
     )
+
+
+def pipeline_pieces(model: nn.Module) -> Pieces:
+    """Embedding, both stacks and loss; see `megajax.models.family.Family.pipeline_pieces`."""
+    from megajax.parallel.pipeline_pieces import Pieces
+
+    def rngs(key: jax.Array | None) -> dict[str, Any]:
+        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
+
+    def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
+        arguments = (batch["encoder_input"], batch["decoder_input"])
+        return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
+
+    def encoder(params: Any, rows: Any, x: Any, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
+        del weights
+        mask = batch["encoder_mask"]
+        return model.apply({"params": params}, x, rows, encoder_mask=mask, method="run_encoder", **rngs(key))
+
+    def decoder(params: Any, rows: Any, x: Any, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
+        del weights
+        masks = {name: batch[name] for name in ("encoder_mask", "decoder_mask")}
+        return model.apply({"params": params}, x, rows, **masks, method="run_decoder", **rngs(key))
+
+    def loss(shared: Any, x: Any, batch: Batch, weights: jax.Array) -> Any:
+        return model.apply({"params": shared}, x, batch["labels"], weights, method="loss_sum_of_stream")
+
+    read_by = (
+        (("encoder_relative_pos_emb",),),
+        (("decoder_relative_pos_emb",), ("encoder", "final_layernorm")),
+    )
+    return Pieces(embed, (encoder, decoder), loss, read_by)
+
+
+def layer_segments(model: nn.Module) -> Mapping[tuple[str, ...], tuple[Segment, ...]]:
+    """How the layers of both stacks are stacked."""
+    from megajax.models.t5.t5_model import T5Model
+    from megajax.transformer.block import stack_layout
+
+    assert isinstance(model, T5Model)
+    config = model.resolved_config
+    return {
+        ("encoder",): stack_layout(config.encoder_config, model.encoder_layer_specs),
+        ("decoder",): stack_layout(config, model.layer_specs),
+    }
 
 
 def example_inputs(config: T5Config, batch: int, seq_length: int) -> tuple[Any, ...]:
@@ -251,6 +297,8 @@ T5 = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    pipeline_pieces=pipeline_pieces,
+    layer_segments=layer_segments,
     hf=hf,
     megatron=megatron,
 )

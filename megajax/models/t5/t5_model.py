@@ -2,7 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S decoder sequence, T encoder sequence, D hidden, V vocabulary
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,21 @@ from megajax.models.t5.t5_config import T5Config
 from megajax.models.t5.t5_layer_specs import get_t5_decoder_spec, get_t5_encoder_spec
 from megajax.ops.attention import AttentionMask
 from megajax.ops.cross_entropy import FusedLoss
+from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import constrain
 from megajax.spec import Builder
-from megajax.transformer.block import LayerInputs, TransformerBlock
+from megajax.transformer.block import LayerInputs, StackRows, TransformerBlock
 
 Array = jax.Array
 Spec = Builder | tuple[Builder, ...]
+
+
+class Stream(NamedTuple):
+    """What goes from stage to stage of a pipeline: the text [B, T, D] through the encoder and, as the encoder leaves
+    it, to every layer of the decoder; what is written [B, S, D] past the encoder."""
+
+    text: Array
+    written: Array
 
 
 class T5Model(nn.Module):
@@ -152,11 +162,13 @@ class T5Model(nn.Module):
 
     def encode(self, encoder_input: Array, *, encoder_mask: Array | None = None, deterministic: bool = True) -> Array:
         """The encoder's output [B, T, D]. Arguments as for `__call__`."""
-        T = encoder_input.shape[1]
+        x_BTD = self._embed(encoder_input, deterministic)
+        return self.encoder(x_BTD, self._encoder_inputs(x_BTD, encoder_mask), deterministic=deterministic)
+
+    def _encoder_inputs(self, x_BTD: Array, encoder_mask: Array | None) -> LayerInputs:
+        T = x_BTD.shape[1]
         bias = self.encoder_relative_pos_emb(T, T) if self._is_relative else None
-        mask = AttentionMask(keep=_keys(encoder_mask), bias=bias)
-        x_BTD, inputs = self._embedded(encoder_input, mask, deterministic)
-        return self.encoder(x_BTD, inputs, deterministic=deterministic)
+        return LayerInputs(AttentionMask(keep=_keys(encoder_mask), bias=bias), self._rotary(T))
 
     def decode(
         self,
@@ -168,14 +180,22 @@ class T5Model(nn.Module):
         deterministic: bool = True,
     ) -> Array:
         """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
-        cfg, S = self.resolved_config, decoder_input.shape[1]
+        x_BSD = self._embed(decoder_input, deterministic)
+        inputs = self._decoder_inputs(x_BSD, encoder_hidden_states, encoder_mask, decoder_mask)
+        return self._scaled(self.decoder(x_BSD, inputs, deterministic=deterministic))
+
+    def _decoder_inputs(
+        self, x_BSD: Array, context_BTD: Array, encoder_mask: Array | None, decoder_mask: Array | None
+    ) -> LayerInputs:
+        S = x_BSD.shape[1]
         bias = self.decoder_relative_pos_emb(S, S) if self._is_relative else None
         mask = AttentionMask(causal=True, keep=_keys(decoder_mask), bias=bias)
-        x_BSD, inputs = self._embedded(decoder_input, mask, deterministic)
         # Gathered once from sequence parallelism, for the keys and values of all layers.
-        context_BTD = constrain(encoder_hidden_states, "batch", "seq", "act_embed")
-        inputs = inputs._replace(context=context_BTD, context_mask=AttentionMask(keep=_keys(encoder_mask)))
-        hidden_BSD = self.decoder(x_BSD, inputs, deterministic=deterministic)
+        context_BTD = constrain(context_BTD, "batch", "seq", "act_embed")
+        return LayerInputs(mask, self._rotary(S), context_BTD, AttentionMask(keep=_keys(encoder_mask)))
+
+    def _scaled(self, hidden_BSD: Array) -> Array:
+        cfg = self.resolved_config
         return hidden_BSD * cfg.hidden_size**-0.5 if cfg.scale_decoder_outputs else hidden_BSD
 
     def loss_sum(
@@ -192,16 +212,50 @@ class T5Model(nn.Module):
         given: dict[str, Any] = {"encoder_mask": encoder_mask, "deterministic": deterministic}
         context_BTD = self.encode(encoder_input, **given)
         hidden_BSD = self.decode(decoder_input, context_BTD, decoder_mask=decoder_mask, **given)
+        return self._loss_sum(hidden_BSD, labels, weights)
+
+    def _loss_sum(self, hidden_BSD: Array, labels: Array, weights: Array) -> FusedLoss:
+        cfg = self.resolved_config
         return language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, cfg, self._bias())
+
+    # A pipeline calls the model in four pieces, each with its own part of the parameters. The encoder's final norm is
+    # the decoder's to run: what goes from stage to stage is the residual stream before it.
+
+    def embed(self, encoder_input: Array, decoder_input: Array, *, deterministic: bool) -> Stream:
+        """Both texts before the first layers."""
+        return Stream(self._embed(encoder_input, deterministic), self._embed(decoder_input, deterministic))
+
+    def run_encoder(
+        self, x: Stream, rows: Mapping[str, StackRows], *, encoder_mask: Array, deterministic: bool
+    ) -> Stream:
+        """The text through the layers that the parameters hold, which `rows` names."""
+        inputs = self._encoder_inputs(x.text, encoder_mask)
+        return x._replace(text=self.encoder(x.text, inputs, deterministic=deterministic, rows=rows, final_norm=False))
+
+    def run_decoder(
+        self, x: Stream, rows: Mapping[str, StackRows], *,
+        encoder_mask: Array, decoder_mask: Array, deterministic: bool,
+    ) -> Stream:  # fmt: skip
+        """What is written through the layers that the parameters hold, which `rows` names."""
+        context_BTD = self.encoder(x.text, LayerInputs(AttentionMask()), rows={})  # its final norm alone
+        inputs = self._decoder_inputs(x.written, context_BTD, encoder_mask, decoder_mask)
+        written = self.decoder(x.written, inputs, deterministic=deterministic, rows=rows, final_norm=False)
+        return x._replace(written=written)
+
+    def loss_sum_of_stream(self, x: Stream, labels: Array, weights: Array) -> FusedLoss:
+        """`loss_sum` after the last layer."""
+        hidden_BSD = self.decoder(x.written, LayerInputs(AttentionMask()), rows={})
+        return self._loss_sum(self._scaled(hidden_BSD), labels, weights)
 
     @property
     def _is_relative(self) -> bool:
         return self.resolved_config.position_embedding_type == "relative"
 
-    def _embedded(self, tokens: Array, mask: AttentionMask, deterministic: bool) -> tuple[Array, LayerInputs]:
-        position_ids = jnp.arange(tokens.shape[1])[None, :]
-        x = self.embedding(tokens, position_ids, deterministic=deterministic)
-        return x, LayerInputs(mask, None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids))
+    def _embed(self, tokens: Array, deterministic: bool) -> Array:
+        return self.embedding(tokens, _positions(tokens.shape[1]), deterministic=deterministic)
+
+    def _rotary(self, length: int) -> Rotary | None:
+        return None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(_positions(length))
 
     def _bias(self) -> Array | None:
         return self.output_layer.bias if self.resolved_config.output_layer_bias else None
@@ -211,6 +265,10 @@ class T5Model(nn.Module):
         if self.resolved_config.share_embeddings_and_output_weights:
             return self.embedding.word_embeddings.embedding.T
         return self.output_layer()
+
+
+def _positions(length: int) -> Array:
+    return jnp.arange(length)[None, :]
 
 
 def _keys(mask: Array | None) -> Array | None:
