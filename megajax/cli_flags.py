@@ -116,6 +116,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "--vpp": "num_virtual_stages_per_pipeline_rank",
         "--cp": "context_parallel_size",
         "--ep": "expert_model_parallel_size",
+        "--etp": "expert_tensor_parallel_size",
         "--num-experts": "num_moe_experts",
         "--rotary-scaling-factor": "yarn_rotary_scaling_factor",
         "--original-max-position-embeddings": "yarn_original_max_position_embeddings",
@@ -245,8 +246,11 @@ def _warms_up(c: Config) -> bool:
 
 NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(
-        ("expert_model_parallel_size",),
-        lambda c: c.model.num_moe_experts is not None or c.parallel.expert_model_parallel_size == 1,
+        ("expert_model_parallel_size", "expert_tensor_parallel_size"),
+        lambda c: (
+            c.model.num_moe_experts is not None
+            or (c.parallel.expert_model_parallel_size == 1 and c.parallel.expert_tensor_parallel_size is None)
+        ),
         "the model has no experts; it needs --num-moe-experts",
     ),
     NoEffect(

@@ -51,8 +51,8 @@ class ParallelConfig:
     the gradients of weights apart, when a stage would wait."""
     pipeline_engine: PipelineEngine | None = None
     """What runs the schedule. lockstep: a forward and a backward of every stage at each tick, without a branch; 1f1b
-    only; keeps up to 2 p - 1 microbatches. table: any schedule, one operation and one branch a tick; 1f1b keeps p
-    microbatches; no ring of context parallelism. None: lockstep for 1f1b, else table."""
+    of one stack of layers only; keeps up to 2 p - 1 microbatches. table: any schedule, one operation and one branch a
+    tick; 1f1b keeps p microbatches; no ring of context parallelism. None: lockstep where it can, else table."""
     microbatch_group_size_per_vp_stage: int | None = None
     """Microbatches that pass one chunk before the next chunk's turn; None: the number of stages. Needs the table."""
     pipeline_model_parallel_layout: str | None = None
@@ -62,7 +62,10 @@ class ParallelConfig:
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
     expert_model_parallel_size: int = 1
-    """Shards of the experts, carved out of data parallelism."""
+    """Shards of the experts: a part of data parallelism or, where that does not suffice, of everything but stages."""
+    expert_tensor_parallel_size: int | None = None
+    """Shards of each expert; None: as tensor_model_parallel_size. With another size experts are laid out apart from
+    attention (folding), over the same devices of a stage, in Megatron's order."""
     zero: Literal[0, 1, 2, 3] = 1
     """Over data parallelism: 0 replicates, 1 shards the optimizer state, 2 the gradients too, 3 also the parameters."""
     num_distributed_optimizer_instances: int = 1
@@ -72,7 +75,7 @@ class ParallelConfig:
         require_positive(self, "tensor_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
         require_positive(self, "num_distributed_optimizer_instances", "pipeline_model_parallel_size")
         require_positive(self, "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers")
-        require_positive(self, "decoder_last_pipeline_num_layers")
+        require_positive(self, "decoder_last_pipeline_num_layers", "expert_tensor_parallel_size")
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel=True has no effect with tensor_model_parallel_size=1; raise it or drop the flag",
@@ -129,6 +132,11 @@ class ParallelConfig:
         others = [name for name in names if name in _SPLIT_OPTIONS]
         if layout is not None and others:
             require(False, f"{others[0]}={getattr(self, others[0])} excludes pipeline_model_parallel_layout; drop one")
+
+    @property
+    def resolved_expert_tensor_parallel_size(self) -> int:
+        """Shards of each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def resolved_pipeline_engine(self) -> PipelineEngine:

@@ -152,7 +152,7 @@ def _as_json(schedule: Schedule, costs: Costs, layout: Layout | None, memory: fl
         "bubble": schedule.bubble(costs),
         "peak_live": schedule.peak_live(),
         "bytes_in_flight": None if memory is None else schedule.bytes_in_flight(memory),
-        "slots": plan_ticks(schedule).slots._asdict(),
+        "slots": {name: n if isinstance(n, int) else n[0] for name, n in plan_ticks(schedule).slots._asdict().items()},
         "layout": layout,
         "table": [[op and label(op) for op in row] for row in schedule.table],
     }

@@ -135,7 +135,8 @@ def _targets(
     validate_model(config.model, mesh.parallel)
     if mesh.parallel.pipeline_model_parallel_size > 1:
         layers_per_stage(config)
-    abstract, rules = make_abstract_mesh(mesh.parallel, mesh.devices), axis_rules(mesh.parallel, config.model)
+    abstract = make_abstract_mesh(mesh.parallel, mesh.devices)
+    rules = axis_rules(mesh.parallel, config.model, mesh.devices)
     padded = config.model.padded_vocab_size
     targets = {name: Target(leaf, shard_shape(name, leaf, rules, abstract, padded)) for name, leaf in leaves.items()}
     return targets, saved | {"parallel": cli.to_json(config)["parallel"], "devices": mesh.devices}

@@ -22,8 +22,8 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "GPT, dense": (("tied", "untied"), {"EP": NO_EXPERTS}),
     "GPT with MoE": (("experts",), {}),
     "GPT with MoE, MLA, MTP": (("latent",), {}),
-    "BERT": (("bert", "bert_untied"), {"ZeRO-2": LATER, "PP": LATER, "EP": NO_EXPERTS}),
-    "T5": (("t5", "t5_untied"), {"ZeRO-2": LATER, "PP": LATER, "CP": LATER, "EP": NO_EXPERTS}),
+    "BERT": (("bert", "bert_untied"), {"EP": NO_EXPERTS}),
+    "T5": (("t5", "t5_untied"), {"CP": LATER, "EP": NO_EXPERTS}),
     "Mamba and hybrids": (("hybrid", "one_group"), {"EP": NO_EXPERTS}),
     "Hybrids with MoE": (("hybrid_experts",), {}),
     "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": LATER, "EP": NO_EXPERTS}),
@@ -89,7 +89,7 @@ def uses() -> list[Use]:
         if "CASES" in module:
             found += [_use(layout, model) for model, layout in (case.values for case in module["CASES"])]
         else:
-            found += [_use(layout, layout.model) for layout in module["LAYOUTS"]]
+            found += [_use(layout, layout.model) for layout in (*module["LAYOUTS"], *module.get("RARE", ()))]
     return found
 
 

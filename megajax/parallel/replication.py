@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from megajax.config import ConfigError, ParallelConfig
-from megajax.parallel.mesh import ZERO_AXES
+from megajax.parallel.mesh import ZERO_AXES, stem
 from megajax.parallel.sharding import AxisRules, MeshAxes, is_box, spec_of
 
 LARGE_BYTES = 1 << 20
@@ -38,7 +38,10 @@ def refuse_accidental_copies(boxed: Any, rules: AxisRules, parallel: ParallelCon
     for path, box in leaves:
         if _bytes(box) < max(LARGE_BYTES, LARGE_SHARE * total) or not rules.whole.isdisjoint(box.names):
             continue
+        apart = "experts" in box.names and parallel.expert_tensor_parallel_size is not None
         for what, table, axis in _expected(rules, parallel, mesh):
+            if apart and table is rules.table:
+                continue  # how experts lie was said by a flag of its own
             if axis not in (mesh_axis for name in box.names if name is not None for mesh_axis in table[name]):
                 where = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
                 axes = ", ".join(name or "None" for name in box.names)
@@ -54,11 +57,13 @@ def _expected(
     rules: AxisRules, parallel: ParallelConfig, mesh: Mesh | AbstractMesh
 ) -> Iterator[tuple[str, Mapping[str, MeshAxes], str]]:
     """(what is divided, by which table, over which axis), for every axis that large parameters must use."""
-    if mesh.shape["tp"] > 1:
-        yield "its spec is", rules.table, "tp"
+    divided = [axis for axis, size in mesh.shape.items() if size > 1]
+    for axis in divided:
+        if stem(axis) == "tp":
+            yield "its spec is", rules.table, axis
     if parallel.zero:
-        for axis in ZERO_AXES:
-            if mesh.shape[axis] > 1:
+        for axis in divided:
+            if stem(axis) in ZERO_AXES:
                 yield f"with zero={parallel.zero} its optimizer state has the spec", rules.optimizer_table, axis
 
 

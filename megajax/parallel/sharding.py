@@ -13,7 +13,8 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from megajax.config import ConfigError, ParallelConfig, TransformerConfig
-from megajax.parallel.mesh import DATA_AXES, ZERO_AXES
+from megajax.parallel.expert_mesh import expand
+from megajax.parallel.mesh import DATA_AXES, ZERO_AXES, refinement
 
 Array = jax.Array
 MeshAxes = tuple[str, ...]
@@ -34,8 +35,8 @@ class AxisRules:
     whole: frozenset[str]
 
 
-def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
-    """The table. Nothing else in megajax names a mesh axis for a tensor."""
+def axis_rules(parallel: ParallelConfig, model: TransformerConfig, devices: int) -> AxisRules:
+    """The table, for a mesh of so many devices. Nothing else in megajax names a mesh axis for a tensor."""
     tp = parallel.tensor_model_parallel_size
     # Fewer key/value heads than shards: every shard keeps all of them and reads the one it needs.
     kv: MeshAxes = ("tp",) if (model.num_query_groups or tp) % tp == 0 else ()
@@ -55,6 +56,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
     }
     parameters: dict[str, MeshAxes] = {
         "layers": ("pp",),
+        "every_stage": (),  # layers beside those that a pipeline divides
         # Every stage of a pipeline does its share of embedding and loss.
         "vocab": ("pp", "tp") if parallel.pipeline_model_parallel_size > 1 else ("tp",),
         "embed": ZERO_AXES if parallel.zero == 3 else (),
@@ -75,6 +77,9 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig) -> AxisRules:
     table = activations | parameters
     repeated = {name for name, axes in (("kv_heads", kv), ("ssm_groups", ssm_groups)) if not axes}
     zeros = table | {"embed": ZERO_AXES, "expert_embed": ("dp",)}
+    # Where experts are laid out otherwise than attention, the rows of both are read in parts of these axes.
+    refined = refinement(parallel, devices)
+    table, zeros = expand(table, refined), expand(zeros, refined)
     return AxisRules(
         table,
         optimizer_table=zeros if parallel.zero >= 1 else table,
@@ -240,7 +245,7 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
     """Raises ConfigError where the model cannot be divided as `parallel` says."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep = parallel.expert_model_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.resolved_expert_tensor_parallel_size
     by = f"tensor_model_parallel_size={tp}"
     by_both = by if pp == 1 else f"{by} times pipeline_model_parallel_size={pp}"
     vocabulary = "the padded vocabulary (see make_vocab_size_divisible_by)"
@@ -248,7 +253,7 @@ def validate_model(model: TransformerConfig, parallel: ParallelConfig) -> None:
         ("num_attention_heads", model.num_attention_heads, tp, by),
         ("ffn_hidden_size", model.ffn_hidden_size, tp, by),
         ("num_moe_experts", model.num_moe_experts, ep, f"expert_model_parallel_size={ep}"),
-        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, tp, by),
+        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, etp, f"expert_tensor_parallel_size={etp}"),
         (vocabulary, 0 if model.vocab_size is None else model.padded_vocab_size, tp * pp, by_both),
     ):
         if (size or 0) % shards:
@@ -270,6 +275,9 @@ def _validate_experts(model: TransformerConfig, parallel: ParallelConfig) -> Non
             f"expert_model_parallel_size={parallel.expert_model_parallel_size} has no effect without num_moe_experts;"
             " leave it out"
         )
+    etp = parallel.expert_tensor_parallel_size
+    if etp is not None and model.num_moe_experts is None:
+        raise ConfigError(f"expert_tensor_parallel_size={etp} has no effect without num_moe_experts; leave it out")
     if model.num_moe_experts is not None and model.add_mlp_bias and tp > 1:
         raise ConfigError(
             f"tensor_model_parallel_size={tp} is not possible for experts with biases; set it to 1, or"

@@ -49,7 +49,7 @@ def draw_up(config: Config, family: Family, mesh: Mesh | AbstractMesh) -> Bluepr
     Raises:
       ConfigError: the model cannot be divided like that, or would leave large copies on every device by accident.
     """
-    rules = sharding.axis_rules(config.parallel, config.model)
+    rules = sharding.axis_rules(config.parallel, config.model, mesh.size)
     backend = choose_backend(config, mesh)
     model = family.build_model(config.model, backend)
     boxed = abstract_params(model, family, config)

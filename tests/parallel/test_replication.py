@@ -36,7 +36,9 @@ def check(
     model = TransformerConfig(num_layers=2, hidden_size=1024, num_attention_heads=8, num_query_groups=groups)
     asked = ParallelConfig(**parallel)
     mesh = make_abstract_mesh(asked, devices)
-    refuse_accidental_copies(params | {"odd": {"kernel": box(axes, shape)}}, axis_rules(asked, model), asked, mesh)
+    refuse_accidental_copies(
+        params | {"odd": {"kernel": box(axes, shape)}}, axis_rules(asked, model, devices), asked, mesh
+    )
 
 
 SQUARE = (1024, 1024)

@@ -39,6 +39,7 @@ class Layout:
     comm: str = "p2p"
     sizes: tuple[int, int] | None = None
     ep: int = 1
+    etp: int | None = None
     zero: int = 1
     copies: int = 1
     mbs: int = 1
@@ -110,6 +111,7 @@ LAYOUTS = [
     Layout(model="experts", ep=2, pp=2, tp=2, sp=True),
     Layout(model="experts", devices=4, pp=4, layers=5, pipeline="Et|tt||ttL", mbs=2),
     Layout(model="experts", ep=2, pp=2, vpp=2, engine="table", zero=3),
+    Layout(model="experts", ep=8, etp=1, tp=2, cp=2, comm="a2a", sp=True, zero=3),  # experts over dp x cp x tp
     Layout(model="latent", ep=2, tp=2, sp=True, zero=3),
     Layout(model="latent", ep=4, zero=2),
     Layout(model="latent", cp=4, comm="all_gather"),
@@ -117,6 +119,12 @@ LAYOUTS = [
     Layout(model="latent", devices=4, pp=2, ep=2),
     Layout(model="latent", pp=2, tp=2, sp=True, zero=3),
 ]
+RARE = [
+    Layout(model="experts", ep=2, etp=2, tp=4, mbs=2),  # experts over a part of tp
+    Layout(model="experts", ep=2, etp=1, pp=2, tp=2, sp=True, zero=2),  # experts over tp, copies over dp
+    Layout(model="experts", ep=2, etp=4, tp=2, sp=True, zero=3),  # an expert over tp and a part of dp
+]
+"""Run with the slow tests."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"position_embedding_type": "learned_absolute", "max_sequence_length": SEQ},
@@ -186,6 +194,7 @@ def _config(layout: Layout, **model: Any) -> Config:
             cp_comm_type=layout.comm,  # type: ignore[arg-type]
             hierarchical_context_parallel_sizes=layout.sizes,
             expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
             zero=layout.zero,  # type: ignore[arg-type]
             num_distributed_optimizer_instances=layout.copies,
         ),
@@ -243,7 +252,9 @@ def _assert_equal(found: Any, wanted: Any) -> None:
         np.testing.assert_allclose(found[1][name], value, rtol=2e-5, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in RARE)], ids=str
+)
 def test_equals_one_device(layout):
     # The losses of a router belong to a microbatch as a whole, so there the rows of each have to be the same.
     mbs = layout.mbs * layout.dp if layout.model in ("experts", "latent") else 2
