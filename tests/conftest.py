@@ -4,6 +4,8 @@
 import hashlib
 import os
 import platform
+import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,15 @@ def reference_kernel() -> Any:
         return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), dbias
 
     return FlashKernel(forward, backward)
+
+
+@pytest.fixture(scope="session")
+def said() -> Callable[[str], str]:
+    """What a program wrote to stderr, less what JAX's CUDA wheels (the extra `aot`) report where no driver is."""
+    reports = re.compile(
+        r"^(WARNING: All log messages before absl::|[IWE]\d{4} .*\bcudart_stub\.cc:).*\n", re.MULTILINE
+    )
+    return lambda stderr: reports.sub("", stderr)
 
 
 @pytest.fixture

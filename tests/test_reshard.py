@@ -221,12 +221,12 @@ def test_memory_is_bounded_by_the_largest_array(folder, large, tmp_path, program
     assert growth < 6 < ARRAYS / 3
 
 
-def test_a_full_disk_is_one_line(large, tmp_path, program_env):
+def test_a_full_disk_is_one_line(large, tmp_path, program_env, said):
     """Files may not grow beyond 4 MiB, which fails as a disk without room does."""
     limited = f"ulimit -f 4096; exec {shlex.join(command(str(large), str(tmp_path / 'copy'), '--tp', '2'))}"
     done = subprocess.run(["bash", "-c", limited], env=program_env, capture_output=True, text=True, check=False)
     message = f"error: cannot write {tmp_path / 'copy'}: file too large; make room there, or give another folder\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    assert (done.returncode, done.stdout, said(done.stderr)) == (2, "", message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,7 +239,7 @@ def test_progress(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_half_way_there_is_no_target(number, large, tmp_path, program_env):
+def test_killed_half_way_there_is_no_target(number, large, tmp_path, program_env, said):
     process = subprocess.Popen(
         command(str(large), str(tmp_path / "copy"), "--tp", "2"), env=program_env, stderr=subprocess.PIPE, text=True
     )
@@ -261,5 +261,5 @@ def test_killed_half_way_there_is_no_target(number, large, tmp_path, program_env
     if number == signal.SIGKILL:
         assert process.returncode == -9
     else:
-        assert (process.returncode, errors) == (130, "interrupted\n")
+        assert (process.returncode, said(errors)) == (130, "interrupted\n")
         assert list(tmp_path.iterdir()) == []

@@ -30,11 +30,11 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_from_its_first_to_its_last_line(text, program_env):
+def test_a_run_from_its_first_to_its_last_line(text, program_env, said):
     """Into `runs/gpt` of the folder where it was started; twice is once."""
     command = _command("--data", str(text), "--train-iters", "12", "--eval-interval", "6")
     done = subprocess.run(command, cwd=text.parent, env=program_env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, said(done.stderr)) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("gpt: ")
     assert "vocabulary 257 (byte), float32" in lines[0]
@@ -55,12 +55,12 @@ def test_a_run_from_its_first_to_its_last_line(text, program_env):
     assert all(wanted <= row.keys() or "val_loss" in row for row in rows)
 
     again = subprocess.run(command, cwd=text.parent, env=program_env, capture_output=True, text=True, check=False)
-    assert (again.returncode, again.stderr) == (0, "")
+    assert (again.returncode, said(again.stderr)) == (0, "")
     assert again.stdout.splitlines()[2].startswith("nothing to do: resumed from ")
     assert [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == rows
 
 
-def test_sigterm_finishes_the_step_and_saves(text, program_env):
+def test_sigterm_finishes_the_step_and_saves(text, program_env, said):
     command = _command("--data", str(text), "--train-iters", "100000", "--log-interval", "1", "--run-dir", "run")
     with subprocess.Popen(
         command, cwd=text.parent, env=program_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -72,7 +72,7 @@ def test_sigterm_finishes_the_step_and_saves(text, program_env):
                 break
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, said(err)) == (0, "")
     assert "SIGTERM; resume with the same command" in out
     assert len(list((text.parent / "run" / "checkpoints").glob("step_*"))) == 1
 
@@ -87,9 +87,9 @@ def test_sigterm_finishes_the_step_and_saves(text, program_env):
         ),
     ],
 )
-def test_a_mistake_is_the_only_line(words, message, text, program_env):
+def test_a_mistake_is_the_only_line(words, message, text, program_env, said):
     done = subprocess.run(
         _command(*words), cwd=text.parent, env=program_env, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    assert (done.returncode, done.stdout, said(done.stderr)) == (2, "", message)
     assert [path.name for path in text.parent.iterdir()] == ["text.txt"]
