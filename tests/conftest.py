@@ -122,7 +122,7 @@ def reference_kernel() -> Any:
 def said() -> Callable[[str], str]:
     """What a program wrote to stderr, less what JAX's CUDA wheels (the extra `aot`) report where no driver is."""
     reports = re.compile(
-        r"^(WARNING: All log messages before absl::|[IWE]\d{4} .*\bcudart_stub\.cc:).*\n", re.MULTILINE
+        r"^(\[\d+\] )?(WARNING: All log messages before absl::|[IWE]\d{4} .*\bcudart_stub\.cc:).*\n", re.MULTILINE
     )
     return lambda stderr: reports.sub("", stderr)
 
