@@ -100,12 +100,14 @@ class TESpecProvider:
       local: what fills the other slots: linears, norms and activations are plain JAX, which XLA fuses itself.
       gpu: compute capability of the GPUs that will run it, those of this machine by default; None: no NVIDIA GPU.
       attention_backend: which attention is wanted; strict: plain JAX will not do.
+      cudnn_missing: the program is compiled where there is no cuDNN.
     """
 
     local: LocalSpecProvider = LocalSpecProvider()
     gpu: Capability | None = dataclasses.field(default_factory=_gpu_here)
     attention_backend: AttentionBackend = "auto"
     strict: bool = False
+    cudnn_missing: bool = False
 
     def column_parallel_linear(self) -> Builder:
         """Linear whose output dim is sharded."""
@@ -126,6 +128,7 @@ class TESpecProvider:
     def core_attention(self) -> Builder:
         """Attention by the kernel that the table chooses for each call."""
         params = {"gpu": self.gpu, "wanted": self.attention_backend, "strict": self.strict}
+        params |= {"cudnn_missing": self.cudnn_missing}
         params |= {"cp_comm_type": self.local.cp_comm_type, "zigzag": self.local.zigzag}
         return ModuleSpec(FusedAttention, params=params)
 

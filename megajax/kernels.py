@@ -30,6 +30,7 @@ class AttentionUse:
       sink: `softmax_type` is not "vanilla".
       cached: keys of earlier calls come before those of this one.
       ring, gathered: keys travel around a ring, or are gathered, under context parallelism; zigzag: balanced.
+      cudnn_missing: the library is not there to compile with.
     """
 
     dtype: str
@@ -49,6 +50,7 @@ class AttentionUse:
     ring: bool = False
     gathered: bool = False
     zigzag: bool = False
+    cudnn_missing: bool = False
 
     @property
     def windowed(self) -> bool:
@@ -87,6 +89,10 @@ _EVERY_FLASH_KERNEL = (
 
 # XLA's conditions for cuDNN 9.10 and later, in JAX's words: jax/_src/cudnn/fused_attention_stablehlo.py.
 _CUDNN = (
+    Rule(
+        lambda use, gpu: use.cudnn_missing,
+        "is not installed here, where the program is compiled; pip install --no-deps nvidia-cudnn-cu12",
+    ),
     Rule(lambda use, gpu: use.head_dim % 8 > 0 or use.value_dim % 8 > 0, "needs head sizes that are multiples of 8"),
     Rule(lambda use, gpu: use.head_dim > 256, "has heads of up to 256 features"),
     Rule(lambda use, gpu: use.head_dim > 128 and gpu < (9, 0), "has heads of up to 128 features before Hopper"),
@@ -109,7 +115,9 @@ ATTENTION: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
 )
 """Kernel -> what it cannot do; the fastest first."""
 
-TITLES: Mapping[str, str] = MappingProxyType({"cudnn": "cuDNN flash attention", "plain": "plain JAX"})
+TITLES: Mapping[str, str] = MappingProxyType(
+    {"cudnn": "cuDNN flash attention", "plain": "plain JAX", "cublas": "cuBLAS", "xla": "XLA's own fusions"}
+)
 
 WANTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"auto": ("cudnn", "plain"), "fused": ("cudnn",), "unfused": ("plain",), "local": ("plain",)}
@@ -156,6 +164,14 @@ def choose_attention(use: AttentionUse, gpu: Capability | None, wanted: str, *, 
             reasons.append(f"{TITLES[kernel]} {reason}")
     field = "transformer_impl='transformer_engine'" if strict else f"attention_backend={wanted!r}"
     raise ConfigError(f"{field} is not possible: {'; '.join(reasons)}; or use 'auto'")
+
+
+def other_slots(gpu: Capability | None) -> tuple[Choice, ...]:
+    """The slots that need no choice."""
+    return (
+        Choice("linears", "plain" if gpu is None else "cublas"),
+        Choice("norms, activations, rotary embedding", "xla"),
+    )
 
 
 _RECORD: ContextVar[dict[Choice, None] | None] = ContextVar("choices of kernels", default=None)

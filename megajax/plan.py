@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from megajax.config import ConfigError
 from megajax.config_checks import require
 from megajax.data.files import clear_errors, publish, temporary_beside
 from megajax.parallel import pipeline_layout, schedule_plot
+from megajax.parallel.aot import compiler_silenced
 from megajax.parallel.pipeline_layout import Layout
 from megajax.parallel.schedule_ticks import plan_ticks
 from megajax.parallel.schedules import SCHEDULES, Costs, Schedule, label, make_schedule
@@ -53,7 +50,7 @@ def plan_training(options: argparse.Namespace, flags: list[str]) -> None:
     require(options.num_devices is not None, "--num-devices is missing: the number of GPUs to plan for")
     status = StatusLine()
     status.show(f"compiling the step for {options.num_devices} {options.target.upper()} ...")
-    with _compiler_silenced():
+    with compiler_silenced():
         from megajax.models.registry import FAMILIES
         from megajax.planning import page, report, text
         from megajax.planning.mesh_flags import mesh_flags
@@ -156,26 +153,6 @@ def _as_json(schedule: Schedule, costs: Costs, layout: Layout | None, memory: fl
         "layout": layout,
         "table": [[op and label(op) for op in row] for row in schedule.table],
     }
-
-
-@contextlib.contextmanager
-def _compiler_silenced() -> Iterator[None]:
-    """Keeps back what XLA writes to stderr, such as that there is no driver; shows it if what is done here fails."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as said:
-        usual = os.dup(2)
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except ConfigError:
-            raise
-        except BaseException:
-            said.seek(0)
-            os.write(usual, said.read())
-            raise
-        finally:
-            os.dup2(usual, 2)
-            os.close(usual)
 
 
 def _save_text(text: str, path: Path) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 from megajax import cli
 from megajax.config import Config, ConfigError
 from megajax.models.registry import FAMILIES
+from megajax.xla_flags import apply_environment
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +17,7 @@ def main(argv: list[str]) -> int:
     devices = cli.control_value(argv, "--print-sharding")
     if devices is not None:
         return print_sharding(config, devices)
+    apply_environment()
     # Only now, so that a typing mistake is answered without waiting for JAX to load.
     from megajax.parallel.distributed import processes
     from megajax.training.run import run

@@ -83,7 +83,7 @@ def test_fused_is_never_plain() -> None:
 
 
 def test_every_kernel_has_a_title_a_name_and_something_that_computes_it() -> None:
-    assert ATTENTION.keys() == TITLES.keys() == {"plain", *flash_attention.KERNELS}
+    assert {"plain", *flash_attention.KERNELS} == ATTENTION.keys() <= TITLES.keys()
     assert set().union(*WANTED.values()) == ATTENTION.keys()
     assert WANTED["auto"] == tuple(ATTENTION)
 

@@ -34,6 +34,7 @@ FLOORS = {
     "cli_help": 0,
     "cli_json": 0,
     "status_line": 0,
+    "xla_flags": 0,
     "spec": 1,
     "kernels": 1,
     "ops": 2,

@@ -7,8 +7,12 @@ on a mesh of these; arrays and random keys have to be made outside of it.
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megajax.config import ConfigError
@@ -149,3 +153,23 @@ def absent_gpus(count: int, target: str = "h100") -> list[Any]:
             " there is no GPU"
         ) from None
     return list(described.devices)
+
+
+@contextlib.contextmanager
+def compiler_silenced() -> Iterator[None]:
+    """Keeps back what XLA writes to stderr, such as that there is no driver; shows it if what is done here fails."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        usual = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except ConfigError:
+            raise
+        except BaseException:
+            said.seek(0)
+            os.write(usual, said.read())
+            raise
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)

@@ -52,12 +52,7 @@ def compile_step(config: Config, family: Family, devices: list[Any], step: Step 
     Raises:
       ConfigError: the run would be refused as well.
     """
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    config = fit_config(config, family, tokenizer)
-    program = build_program(config, family, devices=devices)
-    count = program.batches.at(0).num_microbatches if step == "train" else program.eval_microbatches
-    sample = _sample(config, family, tokenizer)
-    batch = abstract_batch(program, sample, count)
+    program, batch = program_to_trace(config, family, devices, step)
     state = program.abstract_state
     function: Any = program.train_step if step == "train" else program.eval_step
     began = time.monotonic()
@@ -66,6 +61,21 @@ def compile_step(config: Config, family: Family, devices: list[Any], step: Step 
         traced = time.monotonic()
         executable, live = compile_and_watch(lowered)
     return Compiled(step, program, executable, live, batch, (traced - began, time.monotonic() - traced))
+
+
+def program_to_trace(
+    config: Config, family: Family, devices: list[Any] | None, step: Step = "train"
+) -> tuple[Program, dict[str, jax.ShapeDtypeStruct]]:
+    """A run's program and what its step is traced with, nothing compiled yet. devices: None for those at hand.
+
+    Raises:
+      ConfigError: the run would be refused as well.
+    """
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    config = fit_config(config, family, tokenizer)
+    program = build_program(config, family, devices=devices)
+    count = program.batches.at(0).num_microbatches if step == "train" else program.eval_microbatches
+    return program, abstract_batch(program, _sample(config, family, tokenizer), count)
 
 
 def _sample(config: Config, family: Family, tokenizer: Any) -> dict[str, np.ndarray]:

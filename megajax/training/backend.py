@@ -3,8 +3,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from megajax import kernels
@@ -29,7 +31,9 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
     gpu = gpu_capability(device)
     if gpu is not None:
         strict = wanted.transformer_impl == "transformer_engine"
-        return TESpecProvider(local, gpu, wanted.attention_backend, strict)
+        # Where there is a GPU, JAX has its cuDNN, from whatever source.
+        missing = jax.default_backend() == "cpu" and not _installed("nvidia.cudnn")
+        return TESpecProvider(local, gpu, wanted.attention_backend, strict, missing)
     for field, value, usual in (
         ("transformer_impl", wanted.transformer_impl, ("auto",)),
         ("attention_backend", wanted.attention_backend, ("auto", "unfused", "local")),
@@ -39,6 +43,13 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
                 f"{field}={value!r} needs an NVIDIA GPU, here is {device.device_kind}; use {field}='auto'"
             )
     return local
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the folder it would lie in
+        return False
 
 
 def kernels_of_step(step: Any, *arguments: Any) -> tuple[Choice, ...]:

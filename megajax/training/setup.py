@@ -19,7 +19,7 @@ from megajax.data.loader import ProcessRows
 from megajax.data.tokenizers import Tokenizer
 from megajax.models.family import Family
 from megajax.parallel import sharding
-from megajax.parallel.mesh import data_parallel_size, make_mesh
+from megajax.parallel.mesh import data_parallel_size, gpu_capability, make_mesh
 from megajax.parallel.sharding import AxisRules
 from megajax.training.batches import prepare_batch
 from megajax.training.blueprint import Blueprint, draw_up
@@ -35,6 +35,7 @@ from megajax.training.schedules import Schedule, make_schedule
 from megajax.training.stages import Stages
 from megajax.training.state import TrainState
 from megajax.training.step import Metrics, make_train_step
+from megajax.xla_flags import GPU_OPTIONS, options_in_force
 
 
 class Program(NamedTuple):
@@ -143,8 +144,8 @@ def _gradients_and_evaluation(
 
 
 def _compiler_options(mesh: Mesh, level: int) -> dict[str, Any]:
-    """Options for XLA:CPU, which optimizes at `level` of LLVM, 0 to 3; other devices, and what the user's own XLA_FLAGS
-    set, are left alone.
+    """Options for XLA: for NVIDIA GPUs those of `megajax.xla_flags`; XLA:CPU optimizes at `level` of LLVM, 0 to 3. What
+    the user's own XLA_FLAGS set is left alone.
 
     What runs once, such as the first weights, takes far longer to compile at the usual level 3 than to run at 0; and a
     step at 2 is as fast as at 3, in four fifths of the time to compile.
@@ -152,7 +153,10 @@ def _compiler_options(mesh: Mesh, level: int) -> dict[str, Any]:
     Several devices of one process must meet at their collectives in one order. By default independent instructions run
     as threads become free, each device in an order of its own: some wait in one collective, some in another, for ever.
     """
-    if mesh.devices.flat[0].platform != "cpu":
+    device = mesh.devices.flat[0]
+    if gpu_capability(device) is not None:
+        return {option.name: option.value for option in options_in_force(GPU_OPTIONS, os.environ)}
+    if device.platform != "cpu":
         return {}
     options: dict[str, Any] = {"xla_backend_optimization_level": level}
     if mesh.size > 1:

@@ -23,6 +23,7 @@ class FusedAttention(DotProductAttention):
     Attributes:
       gpu: the compute capability of the devices that will run it; None is no NVIDIA GPU.
       wanted, strict: as in `kernels.choose_attention`.
+      cudnn_missing: as in `kernels.AttentionUse`.
 
     Raises:
       ConfigError: the kernel that was asked for cannot do it.
@@ -31,6 +32,7 @@ class FusedAttention(DotProductAttention):
     gpu: Capability | None = None
     wanted: AttentionBackend = "auto"
     strict: bool = False
+    cudnn_missing: bool = False
 
     def kernel(self, q: Array, k: Array, mask: AttentionMask, *, deterministic: bool) -> CoreKernel:
         """What the table chooses."""
@@ -60,4 +62,5 @@ class FusedAttention(DotProductAttention):
             ring=divided and self.cp_comm_type in ("p2p", "a2a+p2p"),
             gathered=divided and self.cp_comm_type == "all_gather",
             zigzag=self.zigzag,
+            cudnn_missing=self.cudnn_missing,
         )
