@@ -40,7 +40,10 @@ not."""
 
 
 class Part(NamedTuple):
-    """One parameter, or a row of a stacked one: its layer, or (layer, expert). shape: of the row."""
+    """One parameter, or a row of a stacked one: its layer, or (layer, expert), or (layer, layer inside of it).
+
+    shape: of the row.
+    """
 
     path: Path
     row: int | tuple[int, ...] | None
@@ -174,7 +177,7 @@ def tensors_of(prefix: str, parts: Iterable[Part], *, skip: int = 0, query_group
 
 def _own_path(part: Part) -> Path:
     """The path of a parameter, with the number of its expert."""
-    if not isinstance(part.row, tuple):
+    if not isinstance(part.row, tuple) or "experts" not in part.path:
         return part.path
     at = part.path.index("experts") + 1
     return (*part.path[:at], "local_experts", str(part.row[-1]), *part.path[at:])

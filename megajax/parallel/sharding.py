@@ -57,6 +57,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig, devices: int)
     parameters: dict[str, MeshAxes] = {
         "layers": ("pp",),
         "every_stage": (),  # layers beside those that a pipeline divides
+        "inner_layers": (),  # a stack inside of a layer
         # Every stage of a pipeline does its share of embedding and loss.
         "vocab": ("pp", "tp") if parallel.pipeline_model_parallel_size > 1 else ("tp",),
         "embed": ZERO_AXES if parallel.zero == 3 else (),

@@ -15,6 +15,7 @@ from megajax.ops.attention import AttentionMask
 from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import is_box
 from megajax.spec import Builder
+from megajax.transformer.layer import WithContext
 from megajax.transformer.stack import Segment, Stack, fold_layers
 
 Array = jax.Array
@@ -56,11 +57,13 @@ class TransformerBlock(nn.Module):
     Attributes:
       layer_specs: one builder for each layer.
       layer_norm: builder of the final norm, or None.
+      stacked_axis: logical axis of the stacks. That of a block inside a layer is another one, "inner_layers".
     """
 
     config: TransformerConfig
     layer_specs: tuple[Builder, ...]
     layer_norm: Builder | None = None
+    stacked_axis: str = "layers"
 
     @nn.compact
     def __call__(
@@ -103,7 +106,8 @@ class TransformerBlock(nn.Module):
                 continue  # parameters do not depend on the activations; their shapes are all that init needs
             if num_layers is not None:
                 segment, variables = _first_layers(segment, variables, num_layers)
-            x_BSD, (caches, outputs) = _run_segment(segment, layers, variables, x_BSD, run, cfg)
+            x_BSD, (caches, outputs, contexts) = _run_segment(segment, layers, variables, x_BSD, run, cfg)
+            run = run.behind(contexts)
             for stack, cache, output in zip(segment.stacks, caches, outputs, strict=True):
                 if decode:
                     self.put_variable("cache", stack.name, cache)
@@ -121,11 +125,14 @@ class TransformerBlock(nn.Module):
         def init_one(key: Array) -> Tree:
             return layer.init(key, x_BSD, **run.layer_arguments())
 
+        def add_axis(leaf: Any) -> Any:
+            return leaf.replace(names=(self.stacked_axis, *leaf.names)) if is_box(leaf) else leaf
+
         def init(key: Array, collection: str) -> Tree:
             keys = jax.vmap(partial(jax.random.fold_in, key))(_layer_indices(stack))
             # Under jit the forward passes that init runs are dead code.
             stacked = jax.jit(jax.vmap(lambda k: init_one(k).get(collection, {})))(keys)
-            return jax.tree.map(_add_layers_axis, stacked, is_leaf=is_box)
+            return jax.tree.map(add_axis, stacked, is_leaf=is_box)
 
         if self.is_initializing():
             variables = {"params": self.param(stack.name, init, "params")}
@@ -155,6 +162,15 @@ class _Run(NamedTuple):
             return self
         return self._replace(inputs=self.inputs._replace(aux_weight=weight * valid))
 
+    def behind(self, contexts: tuple[Array | None, ...]) -> "_Run":
+        """For the layers after a segment whose layers made these contexts [repeats, ...]."""
+        made = [context for context in contexts if context is not None]
+        if not made:
+            return self
+        if len(contexts) > 1 or len(made[0]) > 1:
+            raise ConfigError("a layer that makes the context of others repeats in its stack; let one layer do it")
+        return self._replace(inputs=self.inputs._replace(context=made[0][0]))
+
     def layer_arguments(self) -> dict[str, Any]:
         given = {name: value for name, value in self.inputs._asdict().items() if value is not None}
         return given | {"decode": self.decode, "deterministic": self.deterministic}
@@ -164,16 +180,20 @@ def _layer_indices(stack: Stack) -> Array:
     return stack.first + stack.period * jnp.arange(stack.repeats)
 
 
-def _add_layers_axis(leaf: Any) -> Any:
-    return leaf.replace(names=("layers", *leaf.names)) if is_box(leaf) else leaf
-
-
-def _apply_layer(layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, index: Array) -> tuple[Any, Tree]:
+def _apply_layer(
+    layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, index: Array
+) -> tuple[Array, Tree, Array | None]:
+    """(x, cache, context that it made)."""
     rngs = None if run.dropout_key is None else {"dropout": jax.random.fold_in(run.dropout_key, index)}
-    if not run.decode:
-        return layer.apply(variables, x_BSD, rngs=rngs, **run.layer_arguments()), None
-    x_BSD, updated = layer.apply(variables, x_BSD, rngs=rngs, mutable=["cache"], **run.layer_arguments())
-    return x_BSD, updated.get("cache", {})  # not every layer has one
+    result: Any
+    cache = None
+    if run.decode:
+        result, updated = layer.apply(variables, x_BSD, rngs=rngs, mutable=["cache"], **run.layer_arguments())
+        cache = updated.get("cache", {})  # not every layer has one
+    else:
+        result = layer.apply(variables, x_BSD, rngs=rngs, **run.layer_arguments())
+    x_BSD, context = result if isinstance(result, WithContext) else (result, None)
+    return x_BSD, cache, context
 
 
 def _first_layers(segment: Segment, variables: tuple[Tree, ...], count: int) -> tuple[Segment, tuple[Tree, ...]]:
@@ -187,20 +207,24 @@ def _first_layers(segment: Segment, variables: tuple[Tree, ...], count: int) -> 
 
 
 Step = Callable[[Array, Tree], tuple[Array, Tree]]
-"""One period of a segment: (x, (variables, (index, valid)) of each of its layers) -> (x, (caches, outputs))."""
+"""One period of a segment.
+
+(x, (variables, (index, valid)) of each of its layers) -> (x, (caches, outputs, contexts)).
+"""
 
 
 def _run_segment(
     segment: Segment, layers: Sequence[nn.Module], variables: Tree, x_BSD: Array, run: _Run, config: TransformerConfig
 ) -> tuple[Array, Tree]:
     def step(x_BSD: Array, period: Tree) -> tuple[Array, Tree]:
-        caches, outputs = [], []
+        caches, outputs, contexts = [], [], []
         for layer, layer_variables, (index, valid) in zip(layers, *period, strict=True):
-            y_BSD, cache = _apply_layer(layer, run.of_row(valid), layer_variables, x_BSD, index)
+            y_BSD, cache, context = _apply_layer(layer, run.of_row(valid), layer_variables, x_BSD, index)
             x_BSD = y_BSD if valid is None else jnp.where(valid, y_BSD, x_BSD)
             caches.append(cache)
             outputs.append(x_BSD if run.recorded else None)
-        return x_BSD, (tuple(caches), tuple(outputs))
+            contexts.append(context)
+        return x_BSD, (tuple(caches), tuple(outputs), tuple(contexts))
 
     every = [run.rows[stack.name] if run.rows else (_layer_indices(stack), None) for stack in segment.stacks]
     xs = (variables, tuple((index, valid) for index, valid in every))

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, T context length, D hidden
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,13 @@ class BiasDropoutAdd(nn.Module):
     def __call__(self, x_BSD: Array, residual_BSD: Array, *, deterministic: bool = True) -> Array:
         x_BSD = nn.Dropout(self.config.hidden_dropout, deterministic=deterministic)(x_BSD)
         return constrain(residual_BSD + x_BSD, "batch", "residual_seq", "act_embed")
+
+
+class WithContext(NamedTuple):
+    """What cross-attention, and so its layer, may return: its output, and what the layers after it read as context."""
+
+    output: Array
+    context: Array
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -66,12 +74,12 @@ class TransformerLayer(nn.Module):
         aux_weight: Array | None = None,
         decode: bool = False,
         deterministic: bool = True,
-    ) -> Array:
-        """x [B, S, D] -> [B, S, D]; context [B, T, E] feeds the cross-attention.
+    ) -> Array | WithContext:
+        """x [B, S, D] -> [B, S, D]; context [B, T, E] feeds the cross-attention, which may make another one of it.
 
         aux_weight: scalar that the losses of a router are multiplied by; None leaves them out.
         """
-        cfg, sub = self.config, self.submodules
+        cfg, sub, made = self.config, self.submodules, None
 
         if sub.self_attention is not None:
             y_BSD, residual_BSD = self._norm(sub.input_layernorm, "input_layernorm", x_BSD)
@@ -85,6 +93,8 @@ class TransformerLayer(nn.Module):
             y_BSD, residual_BSD = self._norm(sub.pre_cross_attn_layernorm, "pre_cross_attn_layernorm", x_BSD)
             attention = sub.cross_attention(config=cfg, name="cross_attention")
             y_BSD = attention(y_BSD, context, mask=context_mask or AttentionMask(), deterministic=deterministic)
+            if isinstance(y_BSD, WithContext):
+                y_BSD, made = y_BSD
             x_BSD = sub.cross_attn_bda(config=cfg, name="cross_attn_bda")(
                 y_BSD, residual_BSD, deterministic=deterministic
             )
@@ -95,7 +105,7 @@ class TransformerLayer(nn.Module):
             routed = {"aux_weight": aux_weight, "decode": decode, "deterministic": deterministic}
             y_BSD = mlp(y_BSD, **(routed if cfg.num_moe_experts is not None else {}))
             x_BSD = sub.mlp_bda(config=cfg, name="mlp_bda")(y_BSD, residual_BSD, deterministic=deterministic)
-        return x_BSD
+        return x_BSD if made is None else WithContext(x_BSD, made)
 
     def _norm(self, build: Builder | None, name: str, x_BSD: Array) -> tuple[Array, Array]:
         """(input of the sublayer in the compute dtype, residual)."""

@@ -1,4 +1,4 @@
-"""Specs of the two halves of a layer, for families whose layers are put together from them."""
+"""Specs of a plain layer and of its two halves, for families whose layers are put together from them."""
 
 # SPDX-License-Identifier: Apache-2.0
 from megajax.backends import BackendSpecProvider
@@ -10,7 +10,22 @@ from megajax.transformer.attention import (
     SelfAttention,
     SelfAttentionSubmodules,
 )
+from megajax.transformer.layer import TransformerLayer, TransformerLayerSubmodules
 from megajax.transformer.mlp import MLP, MLPSubmodules
+
+
+def plain_layer_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Attention of a sequence to itself, then the feed-forward half, each after a norm."""
+    norm = backend.layer_norm(config)
+    return ModuleSpec(
+        TransformerLayer,
+        TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=self_attention_spec(config, backend),
+            pre_mlp_layernorm=norm,
+            mlp=mlp_spec(backend),
+        ),
+    )
 
 
 def self_attention_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
