@@ -199,7 +199,7 @@ class CrossAttention(nn.Module):
         cfg, sub = self.config, self.submodules
         N, K = cfg.num_attention_heads, cfg.kv_channels
         assert K is not None
-        bias = cfg.add_bias_linear or cfg.add_qkv_bias
+        bias = cfg.add_bias_linear  # and not add_qkv_bias, which is for self-attention
 
         def heads(build: Builder, name: str, inputs: Array) -> Array:
             y = build(config=cfg, features=N * K, axis="heads", use_bias=bias, name=name)(inputs)
