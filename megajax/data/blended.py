@@ -129,6 +129,7 @@ class BlendedDataset:
             "weights": self.weights,
             "size": size,
         }
+        self.cache_key = key
         self.index = load_or_build(cache_path, "blend", key, lambda: self._build(sizes, size))
         for i, length in enumerate(sizes):
             drawn = int(np.count_nonzero(self.index["dataset_index"] == i))
@@ -150,9 +151,13 @@ class BlendedDataset:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample, as `GPTDataset` gives it."""
-        index = range(len(self))[index]
+        dataset, index = self.component_of(range(len(self))[index])
+        return dataset[index]
+
+    def component_of(self, index: int) -> tuple[GPTDataset, int]:
+        """The data set that a sample is from, and its number there."""
         dataset = self.datasets[int(self.index["dataset_index"][index])]
-        return dataset[int(self.index["dataset_sample_index"][index])]
+        return dataset, int(self.index["dataset_sample_index"][index])
 
     def token_frequencies(self, vocab_size: int) -> np.ndarray:
         """float64[vocab_size]: the share of each token id in the blend."""

@@ -132,12 +132,21 @@ class GPTDataset:
             **sample,
         }
 
+    def sequences_of(self, index: int) -> list[int]:
+        """Numbers of the sequences that a sample has tokens of, in the order of the text."""
+        (first, _), (last, _) = self._ends(index)
+        return self.index["document_index"][first : last + 1].tolist()
+
+    def _ends(self, index: int) -> list[list[int]]:
+        """(place in the document index, offset in that document) of the first and last token of a sample."""
+        row = int(self.index["shuffle_index"][index])
+        return self.index["sample_index"][row : row + 2].tolist()
+
     def _text(self, index: int) -> np.ndarray:
         """The int32 tokens of a sample, padded to the full length."""
         extra = int(self.config.add_extra_token_to_sequence)
-        row = int(self.index["shuffle_index"][index])
-        (first, first_offset), (last, last_offset) = self.index["sample_index"][row : row + 2].tolist()
-        sequences = self.index["document_index"][first : last + 1].tolist()
+        (first, first_offset), (last, last_offset) = self._ends(index)
+        sequences = self.sequences_of(index)
         get = self.tokens.get
         if first == last:
             parts = [get(sequences[0], first_offset, last_offset - first_offset + extra)]
