@@ -11,6 +11,7 @@ from megajax.models.family import Family
 from megajax.models.gpt.gpt_family import GPT
 from megajax.models.mamba.mamba_family import HYBRIDS
 from megajax.models.multimodal.llava_family import LLAVA
+from megajax.models.retro.retro_family import RETRO
 from megajax.models.t5.t5_family import T5
 from megajax.models.vision.clip_family import CLIP
 from megajax.models.vision.radio_family import RADIO
@@ -50,4 +51,4 @@ class Registry(Mapping[str, Family]):
         return len(self._own)
 
 
-FAMILIES = Registry((GPT, BERT, T5, HYBRIDS, CLIP, RADIO, LLAVA))
+FAMILIES = Registry((GPT, BERT, T5, HYBRIDS, CLIP, RADIO, LLAVA, RETRO))

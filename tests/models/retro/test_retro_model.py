@@ -1,0 +1,236 @@
+"""What RETRO may see and what it may not, whatever its weights; and that how it is run changes nothing."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from megajax.backends import LocalSpecProvider
+from megajax.config import ConfigError, TransformerConfig
+from megajax.models.retro.chunks import chunks, in_sequence, num_chunks, readers
+from megajax.models.retro.config import RetroConfig
+from megajax.models.retro.decoder_spec import get_retro_decoder_block_spec
+from megajax.models.retro.model import RETROModel
+
+M, K, R, VOCAB = 4, 2, 8, 30
+CONFIG = RetroConfig(
+    num_layers=6,
+    hidden_size=16,
+    num_attention_heads=2,
+    ffn_hidden_size=24,
+    init_method_std=0.5,
+    vocab_size=VOCAB,
+    max_sequence_length=160,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    retro_chunk_length=M,
+    retro_num_neighbors=K,
+    retro_encoder_hidden_dropout=0.0,
+    retro_encoder_attention_dropout=0.0,
+)
+
+
+def texts(length: int, batch: int = 1) -> tuple[Any, Any]:
+    """(tokens, neighbours) of random texts."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(VOCAB, size=(batch, length))
+    return tokens, rng.integers(VOCAB, size=(batch, num_chunks(length, M), K, R))
+
+
+@functools.cache
+def parameters(config: RetroConfig = CONFIG) -> Any:
+    variables: Any = jax.jit(RETROModel(config).init)(jax.random.key(0), *texts(8))
+    return nn.unbox(variables)["params"]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _apply(params: Any, tokens: Any, context: Any, config: RetroConfig, given: dict[str, Any]) -> Any:
+    return RETROModel(config).apply({"params": params}, tokens, context, **given)
+
+
+def call(tokens: Any, context: Any, config: RetroConfig = CONFIG, **given: Any) -> np.ndarray:
+    return np.asarray(_apply(parameters(config), tokens, context, config, given))
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Up to what two programs that add in other orders differ by: logits are about 10."""
+    np.testing.assert_allclose(found, expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "layers"), [(10, 6), (11, 9)])
+def test_a_token_sees_what_is_before_it_and_neighbors_of_complete_chunks(length: int, layers: int) -> None:
+    """By gradient: every token of text and neighbours has a row of the position table of its own."""
+    config = CONFIG.replace(num_layers=layers)
+    tokens, context = texts(length)
+    L, size = context.shape[1], context.size
+    given = {
+        "position_ids": jnp.arange(length)[None],
+        "context_position_ids": length + jnp.arange(size).reshape(context.shape),
+    }
+
+    def logits(table: jax.Array) -> Any:
+        params = jax.tree.map(lambda x: x, parameters(config))
+        params["embedding"]["position_embeddings"] = {"embedding": table}
+        return jnp.sin(RETROModel(config).apply({"params": params}, tokens, context, **given)).sum(axis=-1)[0]  # type: ignore[arg-type]
+
+    table = parameters(config)["embedding"]["position_embeddings"]["embedding"]
+    jacobian = np.abs(np.asarray(jax.jit(jax.jacrev(logits))(table))).max(axis=-1)  # [S, rows of the table]
+    np.testing.assert_array_equal(jacobian[:, :length] > 0, np.tri(length, dtype=bool))
+    seen = (jacobian[:, length : length + size] > 0).reshape(length, L, K * R)
+    assert (seen.all(-1) == seen.any(-1)).all()
+    for chunk in range(L):
+        last = length - 1 - (L - 1 - chunk) * M  # of the chunk; a short one is the first
+        expected = np.arange(length) >= last
+        if layers == 6:  # the only layer that reads is the last: nothing passes it on
+            expected &= np.arange(length) < last + M
+        np.testing.assert_array_equal(seen[:, chunk, 0], expected, err_msg=str(chunk))
+
+
+def test_chunks_and_readers() -> None:
+    x = jnp.arange(1, 11.0)[None, :, None]  # ten tokens, the first chunk has two
+    np.testing.assert_array_equal(chunks(x, 4)[..., 0], [[1, 2, 0, 0], [3, 4, 5, 6], [7, 8, 9, 10]])
+    np.testing.assert_array_equal(readers(x, 4)[..., 0], [[2, 3, 4, 5], [6, 7, 8, 9], [10, 0, 0, 0]])
+    np.testing.assert_array_equal(in_sequence(readers(x, 4), 1, 10)[0, :, 0], [0, *range(2, 11)])
+    for length in (1, 3, 4, 5, 8):
+        x = jnp.arange(2 * length * 3, dtype=jnp.float32).reshape(2, length, 3)
+        assert chunks(x, 4).shape == readers(x, 4).shape == (2 * num_chunks(length, 4), 4, 3)
+
+
+def test_order_of_neighbors_and_shape_of_their_array_do_not_matter() -> None:
+    tokens, context = texts(12, batch=2)
+    expected = call(tokens, context)
+    assert_close(call(tokens, context[:, :, ::-1]), expected)
+    np.testing.assert_array_equal(call(tokens, context.reshape(-1, R)), expected)
+    alone = call(tokens[1:], context[1:])
+    assert_close(alone, expected[1:])
+
+
+def test_hidden_tokens_of_neighbors_change_nothing() -> None:
+    tokens, context = texts(12, batch=2)
+    mask = np.random.default_rng(0).random(context.shape) < 0.7
+    others = np.where(mask, context, (context + 1) % VOCAB)
+    expected = call(tokens, context, context_mask=mask)
+    np.testing.assert_array_equal(call(tokens, others, context_mask=mask), expected)
+    assert np.abs(call(tokens, context) - expected).max() > 1e-2
+    whole = np.ones(context.shape, bool)
+    assert_close(call(tokens, context, context_mask=whole), call(tokens, context))
+
+
+def test_padding_behind_a_text_changes_nothing() -> None:
+    tokens, context = texts(8)
+    longer_tokens, longer_context = texts(16)
+    longer_tokens[:, :8], longer_context[:, :2] = tokens, context
+    assert_close(call(longer_tokens, longer_context)[:, :8], call(tokens, context))
+
+
+def test_hidden_tokens_are_seen_through_neighbors_of_their_chunk_alone() -> None:
+    tokens, context = texts(12)
+    mask = np.arange(12)[None] != 1
+    other = np.where(mask, tokens, (tokens + 1) % VOCAB)
+    hidden, without = (call(x, context, attention_mask=mask) for x in (tokens, other))
+    changed = np.abs(hidden - without)[0].max(axis=-1) > 1e-4
+    # The first chunk ends with token 3. Its neighbors read all of it, as in Megatron; tokens 3 to 6 read them.
+    np.testing.assert_array_equal(np.flatnonzero(changed), [1, 3, 4, 5, 6])
+
+
+def test_loss_is_that_of_the_logits() -> None:
+    tokens, context = texts(12, batch=2)
+    labels = np.roll(tokens, -1, axis=1)
+    logs = jax.nn.log_softmax(call(tokens, context), axis=-1)
+    expected = -np.take_along_axis(np.asarray(logs), labels[..., None], axis=-1)[..., 0]
+    assert_close(call(tokens, context, labels=labels), expected)
+    weights = np.linspace(0, 1, 24, dtype=np.float32).reshape(2, 12)
+    loss_sum: Any = jax.jit(functools.partial(RETROModel(CONFIG).apply, method="loss_sum"))
+    summed = loss_sum({"params": parameters()}, tokens, context, labels, weights)
+    np.testing.assert_allclose(summed.weighted_sum, (weights * expected).sum(), rtol=1e-5)
+    assert_close(summed.per_token, expected)
+
+
+@pytest.mark.parametrize("how", ["uniform", "block", "selective"])
+def test_recomputation_changes_no_gradient(how: str) -> None:
+    tokens, context = texts(8)
+    again: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": how, "recompute_num_layers": 2}
+    if how == "selective":
+        again = {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp", "layernorm")}
+
+    def gradient(config: RetroConfig) -> Any:
+        def loss(params: Any) -> Any:
+            return RETROModel(config).apply({"params": params}, tokens, context, labels=tokens).sum()  # type: ignore[union-attr]
+
+        return jax.jit(jax.grad(loss))(parameters())
+
+    jax.tree.map(
+        assert_close,
+        gradient(CONFIG),
+        gradient(dataclasses.replace(CONFIG, **again)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _train_output(params: Any, tokens: Any, context: Any, config: RetroConfig, seed: int) -> Any:
+    rngs = {"dropout": jax.random.key(seed)}
+    return RETROModel(config).apply({"params": params}, tokens, context, deterministic=False, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden_dropout", "attention_dropout", "retro_encoder_hidden_dropout", "retro_encoder_attention_dropout"]
+)
+def test_dropout_is_drawn_in_training(name: str) -> None:
+    tokens, context = texts(8)
+    config = CONFIG.replace(**{name: 0.5})
+    assert config.draws_noise
+    assert not CONFIG.draws_noise
+    quiet = call(tokens, context)
+    first, second = (np.asarray(_train_output(parameters(), tokens, context, config, seed)) for seed in (0, 1))
+    assert np.abs(first - quiet).max() > 1e-3
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_layers_that_read_are_megatrons() -> None:
+    assert CONFIG.retro_layer_numbers == (6,)
+    assert CONFIG.replace(num_layers=15).retro_layer_numbers == (6, 9, 12, 15)
+    assert CONFIG.replace(num_layers=24).retro_layer_numbers == (9, 12, 15, 18, 21, 24)
+    specs = get_retro_decoder_block_spec(CONFIG.replace(num_layers=9), LocalSpecProvider())
+    encoders: Any = [spec.submodules.cross_attention for spec in specs]  # type: ignore[attr-defined]
+    assert [i for i, spec in enumerate(encoders, 1) if spec is not None] == [6, 9]
+    assert [bool(spec.params["encoder_block_spec"]) for spec in encoders if spec is not None] == [True, False]
+
+
+def test_a_plain_config_will_do() -> None:
+    plain = TransformerConfig(num_layers=6, hidden_size=16, num_attention_heads=2)
+    model = RETROModel(plain, vocab_size=VOCAB, max_sequence_length=128)
+    assert model.resolved_config.retro_chunk_length == 64
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64), int), jnp.zeros((1, 1, 2, 128), int))
+    assert "encoder" in shapes["params"]["decoder"]["layers_5"]["cross_attention"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retro_chunk_length": 0}, "retro_chunk_length=0"),
+        ({"retro_encoder_hidden_dropout": 1.0}, "retro_encoder_hidden_dropout=1.0"),
+        ({"num_query_groups": 1}, "num_query_groups=1"),
+        ({"window_size": (4, 0)}, "window_size"),
+        ({"mtp_num_layers": 1}, "mtp_num_layers"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CONFIG.replace(**options)
+
+
+def test_impossible_models_and_inputs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_layers=5 leaves no layer that reads neighbors; give 6"):
+        _ = CONFIG.replace(num_layers=5).retro_layer_numbers
+    tokens, context = texts(12)
+    for wrong in (context[:, :2], context[0, 0], np.zeros((4, R), int)):
+        with pytest.raises(ConfigError, match="1 sequences of 12 tokens have 3 chunks"):
+            call(tokens, wrong)
