@@ -29,7 +29,7 @@ from megajax.training.muon import muon_from_config
 
 Axes = tuple[str | None, ...]
 
-_STACKED_AXES = frozenset({"layers", "inner_layers", "experts"})
+_STACKED_AXES = frozenset({"layers", "every_stage", "inner_layers", "experts"})
 """Axes along which independent parameters are stacked; they do not make a matrix of a vector."""
 _NO_DECAY_NAMES = frozenset({"bias", "scale", "softmax_offset"})
 EXPERT_BIAS = "expert_bias"
