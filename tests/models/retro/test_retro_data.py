@@ -8,6 +8,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_neighbors_are_the_nearest_of_other_documents(corpus: tuple[str, ...]) -
 
 
 def test_what_resembles_most_is_found() -> None:
-    texts = ["the quick brown fox jumps", "completely other words here", "a quick brown fox sleeps "]
+    texts = ["the quick brown fox jumps", "entirely other words here", "a quick brown fox sleeps "]
     documents = [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
     database = ChunkDatabase(documents, 25, pad=0)
     query = np.frombuffer(b"one quick brown fox waits", np.uint8)[None].astype(np.int64)
@@ -154,14 +155,19 @@ FLAGS = (
     ],
 )
 def test_mistakes_are_one_line(
-    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    said: Callable[[str], str],
 ) -> None:
     run = ["--run-dir", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["train", *shlex.split(FLAGS), *run, *shlex.split(flags)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
         cli.run_main(main)
-    error = capfd.readouterr().err
+    error = said(capfd.readouterr().err)
     assert caught.value.code == 2, error
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert message in error

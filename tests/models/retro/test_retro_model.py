@@ -154,7 +154,10 @@ def test_loss_is_that_of_the_logits() -> None:
     assert_close(summed.per_token, expected)
 
 
-@pytest.mark.parametrize("how", ["uniform", "block", "selective"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("how", ["uniform", pytest.param("block", marks=SLOW), pytest.param("selective", marks=SLOW)])
 def test_recomputation_changes_no_gradient(how: str) -> None:
     tokens, context = texts(8)
     again: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": how, "recompute_num_layers": 2}
@@ -167,11 +170,10 @@ def test_recomputation_changes_no_gradient(how: str) -> None:
 
         return jax.jit(jax.grad(loss))(parameters())
 
-    jax.tree.map(
-        assert_close,
-        gradient(CONFIG),
-        gradient(dataclasses.replace(CONFIG, **again)),
-    )
+    def close(found: Any, expected: Any) -> None:
+        np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-5, rtol=1e-4)
+
+    jax.tree.map(close, gradient(dataclasses.replace(CONFIG, **again)), gradient(CONFIG))
 
 
 @functools.partial(jax.jit, static_argnames="config")
