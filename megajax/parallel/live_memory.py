@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from megajax.parallel.hlo import Instruction, computations_of
 
 _PEAK = re.compile(r"Live ranges at (\d+) \(peak\):")
 _BUFFER = re.compile(r"(\S+?)\{([\d,]*)\}: (\d+) bytes")
-_VALUE = re.compile(r"\s*value: <\d+ ([^\s{]+)(?:\{([\d,]*)\})? (?:\(phi\) )?@\d+> \(size=\d+,offset=(\d+)\)")
+_VALUE = re.compile(r"\s*value: <\d+ ([^\s{]+)(?:\{([\d,]*)\})? (?:\(phi\) )?@\d+> \(size=(\d+),offset=(\d+)\)")
 _STEP = re.compile(r"(\d+):(\S+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d\w*)?\[([\d,]*)\]")
 
@@ -30,7 +30,8 @@ class LiveBuffer(NamedTuple):
       size: bytes.
       dtype, shape: of the array in it, as XLA writes them: `f32`, dims. None if they are not known.
       argument: whether it lies in an argument of the program: is one, or was written over one that is donated.
-      local: whether what runs at the peak, in its own loop body, made it; otherwise it waits for something outside.
+      local: whether what runs at the peak, in its own loop body, made it, and not in what the loop carries; otherwise
+        it waits for something outside.
       op_name: where in the JAX program it comes from.
     """
 
@@ -66,11 +67,14 @@ def live_at_peak(report: str, assignment: str, hlo_text: str) -> tuple[LiveBuffe
     if peak is None:
         return ()
     computations, entry = computations_of(hlo_text)
+    known = {instruction.name: instruction for body in computations.values() for instruction in body}
+    places = _places(assignment)
     program = _Program(
-        known={instruction.name: instruction for body in computations.values() for instruction in body},
+        known=known,
         home={instruction.name: name for name, body in computations.items() for instruction in body},
         entry=entry,
-        places=_places(assignment),
+        places=places,
+        carried=frozenset(_carried(places, known)),
     )
     running = program.home.get(_step(report[: peak.start()], int(peak[1])))
     found = []
@@ -112,6 +116,7 @@ class _Place(NamedTuple):
     allocation: str
     argument: bool
     offset: int
+    size: int
 
 
 def _places(assignment: str) -> dict[tuple[str, str], _Place]:
@@ -121,17 +126,26 @@ def _places(assignment: str) -> dict[tuple[str, str], _Place]:
         if line.startswith("allocation "):
             allocation, argument = line.split(":")[0], ", parameter " in line
         elif match := _VALUE.match(line):
-            found[match[1], match[2] or ""] = _Place(allocation, argument, int(match[3]))
+            found[match[1], match[2] or ""] = _Place(allocation, argument, offset=int(match[4]), size=int(match[3]))
     return found
 
 
+def _carried(places: Mapping[tuple[str, str], _Place], known: Mapping[str, Instruction]) -> Iterator[_Place]:
+    """Where loops carry something from turn to turn."""
+    for (name, _), place in places.items():
+        instruction = known.get(name)
+        if instruction is not None and instruction.opcode in ("parameter", "while") and not place.argument:
+            yield place
+
+
 class _Program(NamedTuple):
-    """known: instructions by name; home: their computations."""
+    """known: instructions by name; home: their computations; places: where values lie; carried: those of loops."""
 
     known: dict[str, Instruction]
     home: dict[str, str]
     entry: str
     places: Mapping[tuple[str, str], _Place]
+    carried: frozenset[_Place]
 
     def buffer(self, name: str, index: str, size: int, running: str | None) -> LiveBuffer:
         """running: the computation that runs at the peak."""
@@ -149,6 +163,6 @@ class _Program(NamedTuple):
             dtype,
             None if dtype is None else tuple(int(dim) for dim in dims.split(",") if dim),
             argument=argument,
-            local=instruction.opcode != "parameter" and self.home[name] == running != self.entry,
+            local=self.home[name] == running != self.entry and place not in self.carried,
             op_name=instruction.op_name,
         )
