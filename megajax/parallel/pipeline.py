@@ -37,7 +37,6 @@ from megajax.parallel.pipeline_pieces import (
     as_stream,
     at_index,
     laid_out,
-    manual_specs,
     over_stages,
     put_at,
     room,
@@ -48,6 +47,7 @@ from megajax.parallel.pipeline_pieces import (
     zeros,
 )
 from megajax.parallel.pipeline_residuals import Residuals
+from megajax.parallel.replicas import ALIKE, Replicas, manual_part
 
 Array = jax.Array
 Tree = Any
@@ -129,6 +129,7 @@ def pipeline_gradients(
     *,
     specs: Params,
     gradient_specs: Params,
+    replicas: Replicas = ALIKE,
 ) -> tuple[Params, Array]:
     """Gradients of the weighted sum of all token losses, and the sum of the masked ones.
 
@@ -137,15 +138,17 @@ def pipeline_gradients(
     Args:
       rows: for each block arrays [p v n]: what it is told of the rows of the parameters.
       specs, gradient_specs: partition specs of the parameters, and of the gradients while they add up.
+      replicas: those that add up their own gradients.
 
     Returns:
       (gradients like params in fp32, fp32 scalar).
     """
 
     def region(params: Params, rows: tuple[Tree, ...], work: Work) -> tuple[Params, Array]:
-        return _Engine(pieces, schedule, params, rows, work, gradient_specs).gradients()
+        return replicas.reduced(*_Engine(pieces, schedule, params, rows, work, gradient_specs).gradients())
 
-    return over_stages(region, specs, out_specs=(manual_specs(specs), PartitionSpec()))(params, rows, work)
+    gradients = manual_part(replicas.specs if replicas.axes else specs, (PP, *replicas.axes))
+    return over_stages(region, specs, (gradients, PartitionSpec()), replicas)(params, rows, work)
 
 
 def pipeline_loss(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from megajax.ops.cross_entropy import FusedLoss
+from megajax.parallel.replicas import ALIKE, Replicas, manual_part
 from megajax.parallel.sharding import constrain
 
 Array = jax.Array
@@ -226,22 +227,26 @@ def shift(x: Tree, stages: int, by: int) -> Tree:
     return jax.lax.ppermute(x, PP, [(stage, (stage + by) % stages) for stage in range(stages)])
 
 
-def over_stages(region: Callable[..., Any], specs: Params, out_specs: Any) -> Callable[..., Any]:
-    """`region(params, rows, work)` as a manual region over pp, so that it sees one stage's part of params and rows."""
-    in_specs = (manual_specs(specs), PartitionSpec(PP), PartitionSpec())
-    return jax.shard_map(region, in_specs=in_specs, out_specs=out_specs, axis_names={PP}, check_vma=False)
+def over_stages(
+    region: Callable[..., Any], specs: Params, out_specs: Any, replicas: Replicas = ALIKE
+) -> Callable[..., Any]:
+    """`region(params, rows, work)` as a manual region over pp, so that it sees one stage's part of params and rows; and
+    one replica's samples.
+    """
 
+    def apart(params: Params, rows: Tree, work: Work) -> Any:
+        with replicas.apart():
+            return region(params, rows, work)
 
-def manual_specs(specs: Params) -> Params:
-    """What the specs say of pp alone: the other axes stay automatic."""
+    def call(params: Params, rows: Tree, work: Work) -> Any:
+        samples = replicas.of_batch
+        work_specs = Work(jax.tree.map(lambda _: samples, dict(work.batch)), samples, samples, PartitionSpec())
+        in_specs = (manual_part(specs, (PP,)), PartitionSpec(PP), work_specs)
+        axes = {PP, *replicas.axes}
+        whole = jax.shard_map(apart, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+        return whole(params, rows, work)
 
-    def only_pp(entry: Any) -> str | None:
-        return PP if entry == PP or (isinstance(entry, tuple) and PP in entry) else None
-
-    def of_leaf(spec: PartitionSpec) -> PartitionSpec:
-        return PartitionSpec(*(only_pp(entry) for entry in spec))
-
-    return jax.tree.map(of_leaf, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return call
 
 
 def laid_out(gradients: Tree, specs: Tree) -> Tree:
@@ -273,9 +278,11 @@ def broadcast_from(x: Tree, stage: int) -> Tree:
     """x of one stage, on every stage."""
 
     def of_leaf(leaf: Array) -> Array:
-        # Bits add up exactly where all but one are zero; XLA:CPU cannot sum bf16 in a manual region.
-        bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[leaf.dtype.itemsize]
-        mine = jnp.where(jax.lax.axis_index(PP) == stage, jax.lax.bitcast_convert_type(leaf, bits), 0)
-        return jax.lax.bitcast_convert_type(jax.lax.psum(mine, PP), leaf.dtype)
+        # Bits add up exactly where all but one are zero; XLA:CPU cannot sum bf16 in a manual region, and NCCL no int16.
+        half = leaf.dtype.itemsize == 2 and leaf.shape[-1] % 2 == 0
+        bits = jnp.int32 if half else {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[leaf.dtype.itemsize]
+        pairs = leaf.reshape(*leaf.shape[:-1], -1, 2) if half else leaf
+        mine = jnp.where(jax.lax.axis_index(PP) == stage, jax.lax.bitcast_convert_type(pairs, bits), 0)
+        return jax.lax.bitcast_convert_type(jax.lax.psum(mine, PP), leaf.dtype).reshape(leaf.shape)
 
     return jax.tree.map(of_leaf, x)

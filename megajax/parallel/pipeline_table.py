@@ -29,7 +29,6 @@ from megajax.parallel.pipeline_pieces import (
     as_stream,
     at_index,
     laid_out,
-    manual_specs,
     over_stages,
     put_at,
     room,
@@ -40,6 +39,7 @@ from megajax.parallel.pipeline_pieces import (
     zeros,
 )
 from megajax.parallel.pipeline_residuals import Residuals, SplitResiduals
+from megajax.parallel.replicas import ALIKE, Replicas, manual_part
 from megajax.parallel.schedule_ticks import NONE, Events, StageTicks, plan_ticks
 from megajax.parallel.schedules import Schedule
 
@@ -56,13 +56,15 @@ def table_gradients(
     *,
     specs: Params,
     gradient_specs: Params,
+    replicas: Replicas = ALIKE,
 ) -> tuple[Params, Array]:
     """As `pipeline_gradients`, for any number of blocks, by a valid schedule of the chunks of all of them together."""
 
     def region(params: Params, rows: tuple[Tree, ...], work: Work) -> tuple[Params, Array]:
-        return _Engine(pieces, schedule, params, rows, work, gradient_specs).gradients()
+        return replicas.reduced(*_Engine(pieces, schedule, params, rows, work, gradient_specs).gradients())
 
-    return over_stages(region, specs, out_specs=(manual_specs(specs), PartitionSpec()))(params, rows, work)
+    gradients = manual_part(replicas.specs if replicas.axes else specs, (PP, *replicas.axes))
+    return over_stages(region, specs, (gradients, PartitionSpec()), replicas)(params, rows, work)
 
 
 class _Buffers(NamedTuple):

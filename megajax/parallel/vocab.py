@@ -129,10 +129,9 @@ def _lookup(table_VD: Array, ids_BS: Array, layout: VocabLayout) -> Array:
         x_bsD = jnp.where(mine[..., None], table_vD[row], 0.0)
         scattered = tuple(axis for axis in layout.sequence_parallel if axis in layout.vocab)
         rest = tuple(axis for axis in layout.vocab if axis not in scattered)
-        x_bsD = jax.lax.psum(x_bsD, rest) if rest else x_bsD
-        if scattered:
+        if scattered:  # first, so that less is left to sum over the others, which may be far away
             x_bsD = jax.lax.psum_scatter(x_bsD, scattered, scatter_dimension=1, tiled=True)
-        return x_bsD
+        return jax.lax.psum(x_bsD, rest) if rest else x_bsD
 
     return layout.region(
         local,
@@ -210,9 +209,9 @@ class VocabParallelCrossEntropy:
             d_x = d_x.astype(jnp.float32)
             scattered = layout.sequence_parallel
             rest = tuple(axis for axis in layout.vocab if axis not in scattered)
-            d_x = jax.lax.psum(d_x, rest) if rest else d_x
             if scattered:
                 d_x = jax.lax.psum_scatter(d_x, scattered, scatter_dimension=1, tiled=True)
+            d_x = jax.lax.psum(d_x, rest) if rest else d_x
             d_bias = None if d_bias is None else self._summed_over_tokens(d_bias)
             return self._summed_over_tokens(total), per_token, d_x, layout.summed(d_kernel, dim=0), d_bias
 

@@ -19,6 +19,7 @@ from megajax.parallel import sharding
 from megajax.parallel.pipeline import Lockstep, pipeline_gradients, pipeline_loss
 from megajax.parallel.pipeline_pieces import BlockFn, Params, Path, Pieces, Work
 from megajax.parallel.pipeline_table import table_gradients
+from megajax.parallel.replicas import ALIKE, Replicas
 from megajax.parallel.schedules import make_schedule
 from megajax.parallel.sharding import AxisRules
 from megajax.training.stages import Stages
@@ -67,8 +68,11 @@ def accumulated_gradients(
     *,
     data_parallel_size: int,
     constrain: Callable[[Any], Any] = lambda gradients: gradients,
+    replicas: Replicas = ALIKE,
 ) -> GradientsFn:
-    """One microbatch after the other. `constrain` lays out the gradients (ZeRO-2 divides them)."""
+    """One microbatch after the other. `constrain` lays out the gradients (ZeRO-2 divides them); `replicas` add up
+    their own.
+    """
 
     def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None) -> tuple[Array, Array]:
         losses = family.loss(model, params, batch, weights, dropout_key=key)
@@ -89,15 +93,18 @@ def accumulated_gradients(
         if M == 1:  # no accumulator to hold beside the gradients
             return microbatch_gradients(state.params, step_key, 0, *jax.tree.map(lambda a: a[0], inputs))
 
-        def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
-            index, microbatch = indexed
-            grads, loss_sum = microbatch_gradients(state.params, step_key, index, *microbatch)
-            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry[0], grads)
-            return (constrain(total), carry[1] + loss_sum), None
+        def all_microbatches(params: Any, inputs: tuple[Batch, Array]) -> tuple[Any, Array]:
+            def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
+                index, microbatch = indexed
+                grads, loss_sum = microbatch_gradients(params, step_key, index, *microbatch)
+                total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry[0], grads)
+                return (constrain(total), carry[1] + loss_sum), None
 
-        zeros = constrain(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
-        (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))
-        return grads, loss_sum
+            zeros = constrain(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+            (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))
+            return grads, loss_sum
+
+        return replicas.each(all_microbatches)(state.params, inputs)
 
     return gradients
 
@@ -114,11 +121,13 @@ class PipelineProgram:
         param_axes: Any,
         *,
         data_parallel_size: int,
+        replicas: Replicas = ALIKE,
     ) -> None:
         self._pieces, self._stages, self._config = pieces._replace(blocks=_with_what_they_read(pieces)), stages, config
         self._axes, self._data_parallel_size = param_axes, data_parallel_size
         self._specs = self._specs_of(rules.table)
         self._gradient_specs = self._specs_of(rules.gradient_table)
+        self._replicas = Replicas(replicas.axes, self._specs_of(rules.optimizer_table))
         self._engine(config.parallel.pipeline_model_parallel_size)  # refuses at the start what no schedule can do
 
     def _specs_of(self, table: Mapping[str, tuple[str, ...]]) -> Params:
@@ -174,6 +183,7 @@ class PipelineProgram:
             work,
             specs=self._specs,
             gradient_specs=self._gradient_specs,
+            replicas=self._replicas,
         )
         return self._stages.merge(grads, self._pieces.reads), loss_sum
 

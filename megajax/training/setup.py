@@ -20,6 +20,7 @@ from megajax.data.tokenizers import Tokenizer
 from megajax.models.family import Family
 from megajax.parallel import sharding
 from megajax.parallel.mesh import data_parallel_size, gpu_capability, make_mesh
+from megajax.parallel.replicas import ALIKE, REPLICA_AXES, Replicas
 from megajax.parallel.sharding import AxisRules
 from megajax.training.batches import prepare_batch
 from megajax.training.blueprint import Blueprint, draw_up
@@ -129,18 +130,34 @@ def _gradients_and_evaluation(
     drawn: Blueprint, family: Family, config: Config, dp: int
 ) -> tuple[GradientsFn, EvalStep]:
     model, rules, param_axes = drawn.model, drawn.rules, drawn.param_axes
+    replicas = _replicas(drawn, family, config)
     if config.parallel.pipeline_model_parallel_size > 1:
         assert family.pipeline_pieces is not None  # `Stages.of` has refused the rest
         pieces = family.pipeline_pieces(model)
-        pipeline = PipelineProgram(pieces, drawn.stages, config, rules, param_axes, data_parallel_size=dp)
+        pipeline = PipelineProgram(
+            pieces, drawn.stages, config, rules, param_axes, data_parallel_size=dp, replicas=replicas
+        )
         return pipeline.gradients, pipeline.evaluate
 
     def constrain(gradients: Any) -> Any:
         specs = sharding.specs_of_axes(param_axes, rules.gradient_table)
         return jax.lax.with_sharding_constraint(gradients, specs) if config.parallel.zero >= 2 else gradients
 
-    gradients = accumulated_gradients(model, family, config, data_parallel_size=dp, constrain=constrain)
+    gradients = accumulated_gradients(
+        model, family, config, data_parallel_size=dp, constrain=constrain, replicas=replicas
+    )
     return gradients, make_eval_step(model, family)
+
+
+def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:
+    """The replicas that add up their own gradients: not where parameters or gradients are divided between them, where
+    samples of one share the balance of experts with those of others, or where noise is drawn for all together.
+    """
+    by_samples = family.loss_by_samples and config.model.num_moe_experts is None
+    if config.parallel.zero > 1 or not by_samples or config.model.draws_noise:
+        return ALIKE
+    axes = tuple(axis for axis in REPLICA_AXES if drawn.mesh.shape[axis] > 1)
+    return Replicas(axes, sharding.specs_of_axes(drawn.param_axes, drawn.rules.optimizer_table))
 
 
 def _compiler_options(mesh: Mesh, level: int) -> dict[str, Any]:

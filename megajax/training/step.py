@@ -99,7 +99,9 @@ def _make_apply_gradients(
             updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
             return optax.apply_updates(params, updates), opt_state
 
-        params, opt_state = jax.lax.cond(good, update, lambda *unchanged: unchanged, state.params, state.opt_state)
+        # No `cond`: it would be a wall between the gradients' last sums and the update, and return copies of the state.
+        old = state.params, state.opt_state
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), update(*old), old)
 
         mean = jnp.where(
             state.grad_norm_mean > 0,

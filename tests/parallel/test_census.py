@@ -11,8 +11,8 @@ Two things XLA:CPU does not do, so that the tests on the CPU count otherwise and
 makes no reduce-scatter of an all-reduce of which each device needs a part (those written as such in JAX stay), and it
 reduces before it adds: the gradients of q, k and v, and of gate and fc1, arrive as three and two arrays, not as one.
 
-Gradients are reduced once a layer and microbatch, for XLA moves no all-reduce of a kernel out of a loop. Megatron first
-adds up those of all microbatches, which with ZeRO-0 and 1 is less by a factor M.
+With ZeRO-0 and 1, gradients of all microbatches add up before they are reduced, once a step, as in Megatron; otherwise
+once a layer and microbatch, for XLA moves no all-reduce of a kernel out of a loop.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -180,7 +180,8 @@ ON_CPU = {
         "4 all-reduce ulysses",
         "2 all-reduce ulysses",
     ),
-    "zero1": ("", "9 all-reduce dp", "4 all-reduce dp", "9 all-gather dp, 11 all-reduce dp"),
+    # Gradients of three norms, which are whole, are summed whole; the loss; the norms of all; tokens, twice.
+    "zero1": ("", "", "", "9 reduce-scatter dp, 9 all-gather dp, 15 all-reduce dp"),
     "zero3": (
         "7 all-gather dp",
         "7 all-gather dp, 9 all-reduce dp",
@@ -196,8 +197,6 @@ ON_CPU = {
         "2 all-gather dp, 11 all-reduce dp, 9 all-reduce tp, 2 all-reduce cp",
     ),
 }
-
-_SCATTERED = ("", "7 reduce-scatter dp", "2 reduce-scatter dp, 1 all-reduce dp", "9 all-gather dp, 2 all-reduce dp")
 
 # XLA:GPU packs small gradients, and the squares of all, into one array each.
 ON_H100 = {
@@ -222,9 +221,9 @@ ON_H100 = {
     ),
     # Keys and values are gathered together.
     "allgather2": ("1 all-gather cp", "1 reduce-scatter cp, 1 all-reduce cp", "1 all-reduce cp", "2 all-reduce cp"),
-    "zero0": ("", "1 all-reduce dp", "1 all-reduce dp", "2 all-reduce dp"),
-    "zero1": _SCATTERED,  # as soon as they are there, not only once in the step
-    "zero2": _SCATTERED,
+    "zero0": ("", "", "", "2 all-reduce dp"),
+    "zero1": ("", "", "", "9 reduce-scatter dp, 9 all-gather dp, 2 all-reduce dp"),
+    "zero2": ("", "7 reduce-scatter dp", "2 reduce-scatter dp, 1 all-reduce dp", "9 all-gather dp, 2 all-reduce dp"),
     "zero3": (
         "7 all-gather dp",
         "7 all-gather dp, 7 reduce-scatter dp",

@@ -161,6 +161,7 @@ GPT = Family(
     loss=loss,
     example_inputs=example_inputs,
     write=language.write,
+    loss_by_samples=True,
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,
     hf=hf,

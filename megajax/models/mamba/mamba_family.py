@@ -134,6 +134,7 @@ HYBRIDS = Family(
     write=language.write,
     fit=fit,
     flops=flops,
+    loss_by_samples=True,
     pipeline_pieces=gpt_family.pipeline_pieces,
     layer_segments=gpt_family.layer_segments,
     hf=hf,
