@@ -26,14 +26,21 @@ class Setting(NamedTuple):
         return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
 
 
-# Compiled for 8 H100s and put on a roofline: with XLA's own thresholds, four layers of Llama 3 8B wait 9.9 ms a step for
-# collectives under ZeRO-3, with these 7.9, with 1 GiB 30.4; under tensor and sequence parallelism 3.8 and 3.4. Pipelined
-# collectives (xla_gpu_enable_pipelined_*) took 1.7 GB more and, under tensor parallelism, a third more time, for copies.
+# Compiled for 8 H100s and put on a roofline: with XLA's own thresholds, four layers of Llama 3 8B wait 9.9 ms a step
+# for collectives under ZeRO-3, with these 7.9, with 1 GiB 30.4; under tensor and sequence parallelism 3.8 and 3.4.
+# Pipelined collectives (xla_gpu_enable_pipelined_*) took 1.7 GB more and, under tensor parallelism, a third more time,
+# for copies.
 GPU_OPTIONS: tuple[Setting, ...] = (
     Setting(
         "xla_gpu_enable_latency_hiding_scheduler",
         True,
         "collectives start early and end late, with products between; XLA's default only in newer versions",
+    ),
+    Setting(
+        "xla_gpu_memory_limit_slop_factor",
+        109,
+        "overlap may fill the 92% of the memory that JAX gets, and not only 95% of 80%: where there is no room, the"
+        " collectives of layers run alone",
     ),
     *(
         Setting(
