@@ -48,22 +48,37 @@ def main(argv: list[str]) -> None:
 def plan_training(options: argparse.Namespace, flags: list[str]) -> None:
     """Compiles the training step that the trainer's `flags` describe, and says what it takes."""
     require(options.num_devices is not None, "--num-devices is missing: the number of GPUs to plan for")
-    status = StatusLine()
-    status.show(f"compiling the step for {options.num_devices} {options.target.upper()} ...")
-    with compiler_silenced():
+    with compiler_silenced() as stderr:
         from megajax.models.registry import FAMILIES
-        from megajax.planning import page, report, text
+        from megajax.planning import page, report, search, text
         from megajax.planning.mesh_flags import mesh_flags
 
+        status = StatusLine(stderr)
         words = [*mesh_flags(options.mesh, options.num_devices), *flags]
         config = cli.parse(words, prog="python -m megajax.plan", families=FAMILIES)
-        found = report.plan_step(
-            config, FAMILIES[config.model_family], options.target, options.num_devices, options.step
-        )
-    status.clear()
-    if options.html is not None:
+        family = FAMILIES[config.model_family]
+        ranked = []
+        if options.search:
+            require(options.mesh is None, f"--mesh {options.mesh} has no effect with --search; drop one of them")
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar = f"{'█' * round(20 * done / total):░<20}"
+                status.show(f"{bar} {done} of {total}: {what}")
+
+            ranked = search.search(config, family, options.target, options.num_devices, progress)
+            found = ranked[0].report
+        else:
+            status.show(f"compiling the step for {options.num_devices} {options.target.upper()} ...")
+            found = report.plan_step(config, family, options.target, options.num_devices, options.step)
+        status.clear()
+    if options.html is not None and found is not None:
         _save_text(page.page(found), options.html.expanduser())
-    print(json.dumps(found.as_json()) if options.json else text.format_report(found))
+    if options.json:
+        of_search = {"ranked": text.ranked_json(ranked)} if options.search else {}
+        print(json.dumps(({} if found is None else found.as_json()) | of_search))
+    else:
+        print("\n".join(text.format_search(ranked)) if options.search else "", end="\n" if options.search else "")
+        print("" if found is None else text.format_report(found))
 
 
 def plan_schedule(options: argparse.Namespace) -> None:
@@ -184,6 +199,7 @@ def _step_parser() -> cli.Parser:
     add("--num-devices", type=int, metavar="N", help="GPUs, 8 to a node")
     add("--target", default="h100", metavar="NAME", help="a100, h100, h200 or b200 (h100)")
     add("--mesh", metavar="AXIS=SIZE,...", help="such as tp=8,pp=4,zero=1, in short for the trainer's flags")
+    add("--search", action="store_true", help="rank the meshes that are possible, compile the best, plan the first")
     add("--step", choices=("train", "eval"), default="train", help="the step to plan (train)")
     add("--html", type=Path, metavar="FILE", help="also save the plan as one page")
     add("--json", action="store_true", help="print one JSON object instead of text")

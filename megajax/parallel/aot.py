@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from megajax.config import ConfigError
 
@@ -156,14 +156,17 @@ def absent_gpus(count: int, target: str = "h100") -> list[Any]:
 
 
 @contextlib.contextmanager
-def compiler_silenced() -> Iterator[None]:
-    """Keeps back what XLA writes to stderr, such as that there is no driver; shows it if what is done here fails."""
+def compiler_silenced() -> Iterator[TextIO]:
+    """Keeps back what XLA writes to stderr, such as that there is no driver; shows it if what is done here fails. Gives
+    the stderr of before.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as said:
         usual = os.dup(2)
         os.dup2(said.fileno(), 2)
         try:
-            yield
+            with os.fdopen(os.dup(usual), "w") as stderr:
+                yield stderr
         except ConfigError:
             raise
         except BaseException:

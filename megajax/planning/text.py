@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megajax.planning.memory import USABLE
 from megajax.planning.report import FORMULA, Report
+from megajax.planning.search import Found
 
 MEMORY_NOTE = (
     "Parameters, optimizer state and batch are arithmetic; the other parts are what XLA's buffer assignment has alive"
@@ -181,6 +183,48 @@ def _bars(rows: Sequence[tuple[str, float]], unit: Callable[[float], str], whole
     return [
         f"  {name:{width}}  {number:>{right}}  {value / whole:4.0%}  {bar}".rstrip()
         for (name, value), number, bar in zip(rows, numbers, bars, strict=True)
+    ]
+
+
+def format_search(ranked: Sequence[Found]) -> list[str]:
+    """The meshes, the best first, and how to ask for the first."""
+    compiled = [one for one in ranked if one.report is not None]
+    head = ("", "mesh", "step, at least", "MFU", "peak memory", "")
+    rows: list[tuple[str, ...]] = [head]
+    for place, one in enumerate(compiled, 1):
+        assert one.report is not None
+        found = one.report
+        fits = "fits" if found.memory.fits else "does not fit"
+        peak = size(found.memory.peak)
+        rows.append((f"{place}", one.candidate.mesh, duration(found.seconds), f"{found.mfu:.1%}", peak, fits))
+    refused = [f"  {one.candidate.mesh}: {one.reason}" for one in ranked if one.reason]
+    return [
+        f"SEARCH  {len(ranked)} meshes are possible; compiled, those that arithmetic liked best:",
+        *table(rows),
+        *refused,
+        f"  the first: {' '.join(ranked[0].candidate.flags)}",
+        "",
+    ]
+
+
+def ranked_json(ranked: Sequence[Found]) -> list[dict[str, Any]]:
+    """Every mesh of a search, as plain types."""
+    return [
+        {
+            "mesh": one.candidate.mesh,
+            "flags": list(one.candidate.flags),
+            "by_arithmetic": {"seconds": one.candidate.seconds, "memory": one.candidate.memory},
+            "compiled": None
+            if one.report is None
+            else {
+                "fits": one.report.memory.fits,
+                "peak": one.report.memory.peak,
+                "seconds": one.report.seconds,
+                "mfu": one.report.mfu,
+            },
+            "reason": one.reason,
+        }
+        for one in ranked
     ]
 
 
