@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 
 from megajax.config import TransformerConfig
-from megajax.config_kernels import AttentionBackend
+from megajax.config_kernels import AttentionBackend, Fp8Format
 from megajax.config_parallel import ContextComm
 from megajax.kernels import Capability
 from megajax.parallel.mesh import gpu_capability
@@ -100,6 +100,7 @@ class TESpecProvider:
       local: what fills the other slots: linears, norms and activations are plain JAX, which XLA fuses itself.
       gpu: compute capability of the GPUs that will run it, those of this machine by default; None: no NVIDIA GPU.
       attention_backend: which attention is wanted; strict: plain JAX will not do.
+      fp8: what linears compute in; None is the dtype of activations.
       cudnn_missing: the program is compiled where there is no cuDNN.
     """
 
@@ -108,14 +109,17 @@ class TESpecProvider:
     attention_backend: AttentionBackend = "auto"
     strict: bool = False
     cudnn_missing: bool = False
+    fp8: Fp8Format | None = None
 
     def column_parallel_linear(self) -> Builder:
         """Linear whose output dim is sharded."""
-        return self.local.column_parallel_linear()
+        linear = self.local.column_parallel_linear()
+        return linear if self.fp8 is None else ModuleSpec(linear, params={"fp8": self.fp8})
 
     def row_parallel_linear(self) -> Builder:
         """Linear whose input dim is sharded."""
-        return self.local.row_parallel_linear()
+        linear = self.local.row_parallel_linear()
+        return linear if self.fp8 is None else ModuleSpec(linear, params={"fp8": self.fp8})
 
     def layer_norm(self, config: TransformerConfig) -> Builder:
         """LayerNorm or RMSNorm."""

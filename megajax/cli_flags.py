@@ -268,6 +268,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
         lambda c: c.model.multi_latent_attention,
         "it needs --multi-latent-attention",
     ),
+    NoEffect(("fp8_recipe",), lambda c: c.kernels.fp8_format is not None, "it needs --fp8-format"),
     NoEffect(("mtp_loss_scaling_factor",), lambda c: c.model.mtp_num_layers is not None, "it needs --mtp-num-layers"),
     NoEffect(
         ("cp_comm_type",), lambda c: c.parallel.context_parallel_size > 1, "it needs --context-parallel-size above 1"

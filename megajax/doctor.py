@@ -18,7 +18,7 @@ from megajax import cli
 from megajax.config import Config, ConfigError
 from megajax.kernels import Capability, Choice, other_slots
 from megajax.parallel.aot import absent_gpus, compiler_silenced, target_of
-from megajax.xla_flags import GPU_ENVIRONMENT, GPU_OPTIONS, Setting, options_in_force
+from megajax.xla_flags import GPU_ENVIRONMENT, Setting, gpu_options, options_in_force
 
 _HELP = """
 All flags of the trainer (python -m megajax.train --help) may follow; without any, the default model in bf16 is meant.
@@ -64,7 +64,7 @@ def examine(config: Config, target: str | None) -> dict[str, Any]:
         "model": f"{config.model_family}, {config.model.compute_dtype}",
         "kernels": [dataclasses.asdict(choice) | {"text": str(choice)} for choice in choices],
         "trouble": trouble,
-        "xla_options": _settings(GPU_OPTIONS) if gpu is not None else [],
+        "xla_options": _settings(gpu_options(fp8=config.kernels.fp8_format is not None)) if gpu is not None else [],
         "environment": _environment() if gpu is not None else [],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "missing_extras": _missing_extras(),
@@ -90,8 +90,9 @@ def _choices(config: Config, target: str | None, gpu: Capability | None) -> tupl
         with on_mesh(program):
             found = kernels_of_step(program.train_step, program.abstract_state, batch)
     except ConfigError as error:
-        return other_slots(gpu), str(error)
-    return (*(found or (Choice("attention", "plain", ""),)), *other_slots(gpu)), None
+        return (), str(error)
+    found = tuple(choice for choice in found if choice.slot != "linears")
+    return (*(found or (Choice("attention", "plain", ""),)), *other_slots(gpu, config.kernels)), None
 
 
 def _whole_nodes(devices: int) -> int:

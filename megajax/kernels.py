@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from megajax.config import ConfigError
+from megajax.config_kernels import KernelConfig
 
 Capability = tuple[int, int]
 """CUDA's compute capability: (9, 0) is Hopper."""
@@ -116,7 +117,13 @@ ATTENTION: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
 """Kernel -> what it cannot do; the fastest first."""
 
 TITLES: Mapping[str, str] = MappingProxyType(
-    {"cudnn": "cuDNN flash attention", "plain": "plain JAX", "cublas": "cuBLAS", "xla": "XLA's own fusions"}
+    {
+        "cudnn": "cuDNN flash attention",
+        "plain": "plain JAX",
+        "gemm": "cuBLAS or Triton, as XLA's autotuner finds",
+        "fp8": "fp8, by cuBLASLt",
+        "xla": "XLA's own fusions",
+    }
 )
 
 WANTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -166,10 +173,28 @@ def choose_attention(use: AttentionUse, gpu: Capability | None, wanted: str, *, 
     raise ConfigError(f"{field} is not possible: {'; '.join(reasons)}; or use 'auto'")
 
 
-def other_slots(gpu: Capability | None) -> tuple[Choice, ...]:
-    """The slots that need no choice."""
+def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
+    """What computes the linears of layers.
+
+    Raises:
+      ConfigError: fp8 is asked for and the GPU has none, or by a recipe that is not known here.
+    """
+    fp8_format = wanted.fp8_format
+    if fp8_format is not None and wanted.fp8_recipe != "tensorwise":
+        raise ConfigError(f"fp8_recipe={wanted.fp8_recipe!r} is not supported yet; use fp8_recipe='tensorwise'")
+    if fp8_format is not None and (gpu is None or gpu < (8, 9)):
+        here = "here is none" if gpu is None else f"this one has {gpu[0]}.{gpu[1]}"
+        raise ConfigError(
+            f"fp8_format={fp8_format!r} needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or more, {here};"
+            " leave it out"
+        )
+    return Choice("linears", "plain" if gpu is None else "gemm" if fp8_format is None else "fp8")
+
+
+def other_slots(gpu: Capability | None, wanted: KernelConfig) -> tuple[Choice, ...]:
+    """The slots that are the same in every layer."""
     return (
-        Choice("linears", "plain" if gpu is None else "cublas"),
+        choose_linears(gpu, wanted),
         Choice("norms, activations, rotary embedding", "xla"),
     )
 

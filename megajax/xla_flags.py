@@ -57,6 +57,20 @@ GPU_OPTIONS: tuple[Setting, ...] = (
     ),
 )
 
+FP8_OPTIONS: tuple[Setting, ...] = (
+    Setting(
+        "xla_gpu_enable_triton_gemm",
+        False,
+        "Triton would take the products before they are known as cuBLASLt's fp8 products",
+    ),
+    Setting(
+        "xla_gpu_dot_merger_threshold_mb",
+        0,
+        "products that share an operand would become one, of tensors with several scales, which has to be bf16",
+    ),
+)
+"""Beside `GPU_OPTIONS`, for programs with fp8."""
+
 GPU_ENVIRONMENT: tuple[Setting, ...] = (
     Setting(
         "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -64,6 +78,11 @@ GPU_ENVIRONMENT: tuple[Setting, ...] = (
         "JAX takes 75% of the memory by default; the rest is for NCCL, cuDNN and CUDA themselves",
     ),
 )
+
+
+def gpu_options(*, fp8: bool) -> tuple[Setting, ...]:
+    """The compile options of a program for NVIDIA GPUs."""
+    return (*GPU_OPTIONS, *FP8_OPTIONS) if fp8 else GPU_OPTIONS
 
 
 def options_in_force(options: tuple[Setting, ...], environment: Mapping[str, str]) -> tuple[Setting, ...]:

@@ -155,6 +155,7 @@ ENABLERS = {
     "--num-experts 8 --moe-expert-capacity-factor 2": "moe_pad_expert_input_to_capacity",
     "--num-experts 8 --moe-router-topk 1 --moe-router-pre-softmax": "moe_apply_probs_on_input",
     "--multi-latent-attention": "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim",
+    "--fp8-format hybrid": "fp8_recipe",
     "--mtp-num-layers 1": "mtp_loss_scaling_factor",
     "--window-size 3 0": "window_attn_skip_freq",
     "--disable-bias-linear": "add_qkv_bias",

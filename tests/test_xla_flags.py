@@ -11,14 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from megajax.config import ParallelConfig
 from megajax.parallel.aot import absent_gpus
 from megajax.parallel.mesh import make_mesh
-from megajax.xla_flags import GPU_ENVIRONMENT, GPU_OPTIONS, apply_environment, options_in_force
+from megajax.xla_flags import GPU_ENVIRONMENT, GPU_OPTIONS, apply_environment, gpu_options, options_in_force
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
 def test_the_compiler_knows_every_option() -> None:
     place = NamedSharding(make_mesh(ParallelConfig(), absent_gpus(2)), PartitionSpec("dp"))
     x = jax.ShapeDtypeStruct((2, 2), jnp.float32, sharding=place)
-    options = {option.name: option.value for option in GPU_OPTIONS}
+    options = {option.name: option.value for option in gpu_options(fp8=True)}
     assert jax.jit(jnp.sum, compiler_options=options).lower(x).compile()
     with pytest.raises(Exception, match="No such compile option"):
         jax.jit(jnp.sum, compiler_options={"xla_gpu_of_an_old_version": True}).lower(x).compile()
@@ -41,6 +41,6 @@ def test_the_users_environment_stays() -> None:
 
 
 def test_every_option_has_a_reason() -> None:
-    settings = (*GPU_OPTIONS, *GPU_ENVIRONMENT)
+    settings = (*gpu_options(fp8=True), *GPU_ENVIRONMENT)
     assert all(len(setting.why) > 20 for setting in settings)
     assert len({setting.name for setting in settings}) == len(settings)

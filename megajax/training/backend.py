@@ -29,11 +29,14 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
         return local
     device = mesh.devices.flat[0]
     gpu = gpu_capability(device)
+    kernels.choose_linears(gpu, wanted)
+    if wanted.fp8_format is not None and config.model.fp16:
+        raise ConfigError(f"fp8_format={wanted.fp8_format!r} is not possible with fp16=True; use bf16=True")
     if gpu is not None:
         strict = wanted.transformer_impl == "transformer_engine"
         # Where there is a GPU, JAX has its cuDNN, from whatever source.
         missing = jax.default_backend() == "cpu" and not _installed("nvidia.cudnn")
-        return TESpecProvider(local, gpu, wanted.attention_backend, strict, missing)
+        return TESpecProvider(local, gpu, wanted.attention_backend, strict, missing, wanted.fp8_format)
     for field, value, usual in (
         ("transformer_impl", wanted.transformer_impl, ("auto",)),
         ("attention_backend", wanted.attention_backend, ("auto", "unfused", "local")),

@@ -36,7 +36,7 @@ from megajax.training.schedules import Schedule, make_schedule
 from megajax.training.stages import Stages
 from megajax.training.state import TrainState
 from megajax.training.step import Metrics, make_train_step
-from megajax.xla_flags import GPU_OPTIONS, options_in_force
+from megajax.xla_flags import gpu_options, options_in_force
 
 
 class Program(NamedTuple):
@@ -108,14 +108,16 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
         train_iters=train_iters,
         axes=drawn.axes,
         abstract_state=drawn.abstract_state,
-        create_state=jax.jit(drawn.create, out_shardings=drawn.places, compiler_options=_compiler_options(mesh, 0)),
+        create_state=jax.jit(
+            drawn.create, out_shardings=drawn.places, compiler_options=_compiler_options(mesh, config, 0)
+        ),
         train_step=jax.jit(
             train_step,
             donate_argnums=0,
             out_shardings=(drawn.places, NamedSharding(mesh, PartitionSpec())),
-            compiler_options=_compiler_options(mesh, 2),
+            compiler_options=_compiler_options(mesh, config, 2),
         ),
-        eval_step=jax.jit(eval_step, compiler_options=_compiler_options(mesh, 2)),
+        eval_step=jax.jit(eval_step, compiler_options=_compiler_options(mesh, config, 2)),
         eval_microbatches=_eval_microbatches(config),
     )
 
@@ -160,7 +162,7 @@ def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:
     return Replicas(axes, sharding.specs_of_axes(drawn.param_axes, drawn.rules.optimizer_table))
 
 
-def _compiler_options(mesh: Mesh, level: int) -> dict[str, Any]:
+def _compiler_options(mesh: Mesh, config: Config, level: int) -> dict[str, Any]:
     """Options for XLA: for NVIDIA GPUs those of `megajax.xla_flags`; XLA:CPU optimizes at `level` of LLVM, 0 to 3. What
     the user's own XLA_FLAGS set is left alone.
 
@@ -172,7 +174,8 @@ def _compiler_options(mesh: Mesh, level: int) -> dict[str, Any]:
     """
     device = mesh.devices.flat[0]
     if gpu_capability(device) is not None:
-        return {option.name: option.value for option in options_in_force(GPU_OPTIONS, os.environ)}
+        wanted = gpu_options(fp8=config.kernels.fp8_format is not None)
+        return {option.name: option.value for option in options_in_force(wanted, os.environ)}
     if device.platform != "cpu":
         return {}
     options: dict[str, Any] = {"xla_backend_optimization_level": level}

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from megajax import kernels
 from megajax.config import TransformerConfig
+from megajax.config_kernels import Fp8Format
+from megajax.kernels import Choice
 from megajax.ops.linear import linear
 from megajax.parallel.sharding import constrain, constrain_gradient, gathered, merge_tokens
+from megajax.transformer.fp8 import fp8_product
 
 Array = jax.Array
 
@@ -33,12 +37,17 @@ def zeros_init(axes: tuple[str, ...]) -> nn.initializers.Initializer:
     return nn.with_logical_partitioning(nn.initializers.zeros, axes)
 
 
-def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str]) -> Array:
+def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str], fp8: Fp8Format | None) -> Array:
     """`linear` that keeps, between forward and backward pass, its arguments as they lie.
 
     What is made of them for the product, a kernel that is cast or gathered by ZeRO-3, an x that is gathered from
     sequence parallelism, is made again. A pipeline, above all, would otherwise hold it for each microbatch under way.
     """
+
+    if fp8 is not None:
+        kernels.record(Choice("linears", "fp8"))
+        y = fp8_product(fp8, axes, x, kernel)
+        return y if bias is None else y + bias.astype(y.dtype)
 
     def product(x: Array, kernel: Array, bias: Array | None) -> Array:
         if axes[0] == "embed" and x.ndim == 3:  # merged tokens tell that nothing divides the sequence
@@ -54,13 +63,15 @@ class ColumnParallelLinear(nn.Module):
 
     Here x leaves sequence parallelism (arXiv:2205.05198): of x [B, S, I] the whole sequence is gathered.
 
-    x [..., I] -> [..., features]. Kernel [I, features], bias [features], in `params_dtype`; computes in x's dtype.
+    x [..., I] -> [..., features]. Kernel [I, features] and bias [features], in `params_dtype`. Computes
+    in x's dtype, or in fp8.
     """
 
     config: TransformerConfig
     features: int
     axis: str
     use_bias: bool
+    fp8: Fp8Format | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -69,19 +80,21 @@ class ColumnParallelLinear(nn.Module):
         init = normal_init(init_std(self.config), axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init((self.axis,)), (self.features,), dtype) if self.use_bias else None
-        return _linear(x, kernel, bias, axes)
+        return _linear(x, kernel, bias, axes, self.fp8)
 
 
 class RowParallelLinear(nn.Module):
     """`x @ kernel + bias` back to the hidden size, from a dim that is sharded as logical axis `axis`.
 
-    x [..., I] -> [..., features]. Kernel [I, features], bias [features], in `params_dtype`; computes in x's dtype.
+    x [..., I] -> [..., features]. Kernel [I, features] and bias [features], in `params_dtype`. Computes
+    in x's dtype, or in fp8.
     """
 
     config: TransformerConfig
     features: int
     axis: str
     use_bias: bool
+    fp8: Fp8Format | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -90,6 +103,6 @@ class RowParallelLinear(nn.Module):
         init = normal_init(output_init_std(self.config), axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init(("norm",)), (self.features,), dtype) if self.use_bias else None
-        y = _linear(x, kernel, bias, axes)
+        y = _linear(x, kernel, bias, axes, self.fp8)
         # Gathered once for both of its products, where sequence parallelism has divided it.
-        return constrain_gradient(y, "batch", "seq", "act_embed") if y.ndim == 3 else y
+        return constrain_gradient(y, "batch", "seq", "act_embed") if y.ndim == 3 and self.fp8 is None else y

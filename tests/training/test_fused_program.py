@@ -48,6 +48,7 @@ MODEL: dict[str, Any] = {
 
 def build(devices: list[Any], kernels: dict[str, Any], model: dict[str, Any], **parallel: Any) -> tuple[Program, Any]:
     """A program and an abstract batch for it."""
+    rows = 2 if parallel.get("zero") == 3 else 1
     config = Config(
         model_family="gpt",
         model=TransformerConfig(**MODEL | model),
@@ -55,12 +56,14 @@ def build(devices: list[Any], kernels: dict[str, Any], model: dict[str, Any], **
         kernels=KernelConfig(**kernels),
         optimizer=OptimizerConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant"),
         data=DataConfig(seq_length=SEQ),
-        train=TrainConfig(micro_batch_size=1, global_batch_size=M),
+        train=TrainConfig(micro_batch_size=1, global_batch_size=M * rows),
     )
     program = build_program(config, FAMILIES["gpt"], devices=devices)
     place = NamedSharding(program.mesh, spec_of((None, "batch", "seq"), program.rules.table))
     dtypes = {"tokens": jnp.int32, "labels": jnp.int32, "position_ids": jnp.int32, "loss_mask": jnp.float32}
-    return program, {name: jax.ShapeDtypeStruct((M, 1, SEQ), dtype, sharding=place) for name, dtype in dtypes.items()}
+    return program, {
+        name: jax.ShapeDtypeStruct((M, rows, SEQ), dtype, sharding=place) for name, dtype in dtypes.items()
+    }
 
 
 on_h100 = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
@@ -96,6 +99,31 @@ def test_attention_of_the_h100_program_is_cudnn(layout: str) -> None:
     sent = Counter(c.kind for c in census(text, program.mesh) for _ in range(c.arrays) if "all-to-all" in c.kind)
     assert sent.total() == all_to_alls
     assert f"{SEQ},{SEQ}]" not in text  # no scores
+
+
+@on_h100
+@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_linears_of_layers_are_fp8_where_they_are_asked_to_be(zero: int) -> None:
+    """q, k, v, proj, fc1 and fc2, forward and both gradients; the head's three products are not. ZeRO-3's weights are
+    gathered in fp8; under sequence parallelism there are no more collectives than without fp8, but for scales."""
+    parallel = {"zero": 3} if zero == 3 else {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    program, batch = build(absent_gpus(2), {"fp8_format": "hybrid"}, {}, **parallel)
+    with on_mesh(program):
+        choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+        assert "linears: fp8, by cuBLASLt" in describe_kernels(choices)
+        lowered = program.train_step.lower(program.abstract_state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+        text = lowered.compile().as_text()
+    assert Counter(re.findall(r'custom_call_target="(__cublas[^"]*)"', text)) == {
+        "__cublas$lt$matmul$f8": 6 * 3,
+        "__cublas$lt$matmul": 3,
+    }
+    inside = [collective for collective in census(text, program.mesh) if collective.loops == (M, L)]
+    arrays = {kind: sum(c.arrays for c in inside if c.kind == kind) for kind in ("all-gather", "reduce-scatter")}
+    if zero == 3:
+        one_byte_each = 4 * 128 * 256 + 2 * 128 * 128
+        assert sum(c.result_bytes for c in inside if c.kind == "all-gather") == 2 * one_byte_each
+    else:
+        assert arrays == {"all-gather": 6, "reduce-scatter": 4}
 
 
 @on_h100
