@@ -41,10 +41,13 @@ from megajax.parallel.pipeline_pieces import (
 from megajax.parallel.pipeline_residuals import Residuals, SplitResiduals
 from megajax.parallel.replicas import ALIKE, Replicas, manual_part
 from megajax.parallel.schedule_ticks import NONE, Events, StageTicks, plan_ticks
-from megajax.parallel.schedules import Schedule
+from megajax.parallel.schedules import KINDS, Schedule
 
 Array = jax.Array
 Tree = Any
+
+FORWARD, BACKWARD = 1 + KINDS.index("F"), 1 + KINDS.index("B")
+"""Of `StageTicks.kind`."""
 
 
 def table_gradients(
@@ -68,8 +71,8 @@ def table_gradients(
 
 
 class _Buffers(NamedTuple):
-    """Of a block, leaves [slots, ...]. saved: what F keeps until B or, where W needs it, until W. aside: what B keeps
-    for W."""
+    """Of a block, leaves [slots, ...]. saved: what F keeps until B or, where W needs it, until W. aside: what B
+    keeps for W."""
 
     saved: list[Array]
     aside: list[Array]
@@ -162,40 +165,64 @@ class _Engine:
         return jax.lax.cond(sends == 1, lambda: shift(out, self.schedule.stages, by), lambda: zeros(out))
 
     def _operation(self, mine: StageTicks, x: Tree, g: Tree, carry: _Carry) -> tuple[Tree, tuple[_Buffers, ...], Tree]:
-        """(gradients of the staged parameters, buffers, output or gradient of the input) after the operation."""
-        work = self.work.at(mine.microbatch)
-        staged, buffers = carry.sums.gradients.staged, carry.buffers
+        """(gradients of the staged parameters, buffers, output or gradient of the input) after the operation.
 
-        def result(changed: _Change) -> tuple[Tree, tuple[_Buffers, ...], Tree]:
-            now = _put(buffers, changed.index, changed.buffers)
-            total = staged
-            if changed.gradients is not None:
-                chunk = self.chunks.place(changed.index, mine.chunk)
-                added = jax.tree.map(
-                    lambda t, g: t.at[chunk].add(g.astype(t.dtype)), staged[changed.index], changed.gradients
-                )
-                total = _put(staged, changed.index, added)
+        Branches read the buffers and return what is new. It is written here: a branch that returned a buffer would
+        return a copy, and so would every other.
+        """
+        work, buffers, count = self.work.at(mine.microbatch), carry.buffers, len(self.blocks)
+
+        def result(index: int, changed: _Change) -> tuple[tuple[_Change, ...], Tree]:
             out = zeros(x) if changed.out is None else changed.out
-            return laid_out(total, self.gradient_specs.staged), now, as_stream(out)
+            changes = [self._nothing(other, buffers[other]) for other in range(count)]
+            changes[index] = changes[index].replaced_by(changed)
+            return tuple(self._laid_out(*pair) for pair in enumerate(changes)), as_stream(out)
 
         runs: list[Callable[[int], _Change]] = [
-            lambda index: self._forward(index, mine, x, work, buffers[index]),
+            lambda index: self._forward(index, mine, x, work),
             lambda index: self._backward(index, mine, g, work, buffers[index]),
         ]
         if self.schedule.splits_backward:
             runs.append(lambda index: self._weights(index, mine, work, buffers[index]))
-        count = len(self.blocks)
-        branches = [lambda: result(_Change(0, buffers[0]))]
-        branches += [lambda run=run, index=index: result(run(index)) for run in runs for index in range(count)]
+        branches = [lambda: result(0, _Change())]
+        branches += [lambda run=run, index=index: result(index, run(index)) for run in runs for index in range(count)]
         block = jnp.maximum(mine.chunk, 0) // self.chunks.of_block
-        return jax.lax.switch(jnp.where(mine.kind == 0, 0, 1 + (mine.kind - 1) * count + block), branches)
+        branch = jnp.where(mine.kind == 0, 0, 1 + (mine.kind - 1) * count + block)
+        changes, out = jax.lax.switch(branch, branches)
+        staged = tuple(self._added(i, t, c, mine) for i, (t, c) in enumerate(self._pairs(carry, changes)))
+        new = tuple(self._stored(i, b, c, mine) for i, (b, c) in enumerate(zip(buffers, changes, strict=True)))
+        return laid_out(staged, self.gradient_specs.staged), new, out
 
-    def _forward(self, index: int, mine: StageTicks, x: Tree, work: Work, buffers: _Buffers) -> _Change:
-        block = self.blocks[index]
-        y, kept = block.residuals.forward(self.chunks.at(index, mine.chunk), x, work)
-        slots = (mine.saved_longer if longer else mine.saved for longer in block.longer)
-        new = [put_at(buffer, leaf, slot) for buffer, leaf, slot in zip(buffers.saved, kept, slots, strict=True)]
-        return _Change(index, buffers._replace(saved=new), y)
+    @staticmethod
+    def _pairs(carry: _Carry, changes: tuple[_Change, ...]) -> zip[tuple[Tree, _Change]]:
+        return zip(carry.sums.gradients.staged, changes, strict=True)
+
+    def _nothing(self, index: int, buffers: _Buffers) -> _Change:
+        """What changes nothing: of buffers the first slot as it is, of gradients zeros."""
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], jnp.float32), self.chunks.params[index])
+        saved, aside = at_index(list(buffers), jnp.int32(0))
+        return _Change(None, saved, aside, gradients)
+
+    def _laid_out(self, index: int, change: _Change) -> _Change:
+        gradients = jax.tree.map(lambda d: d.astype(jnp.float32), change.gradients)
+        return change._replace(out=None, gradients=laid_out(gradients, self.gradient_specs.staged[index]))
+
+    def _added(self, index: int, totals: Tree, change: _Change, mine: StageTicks) -> Tree:
+        here = jnp.clip(self.chunks.place(index, mine.chunk), 0, self.chunks.of_block - 1)
+        return jax.tree.map(lambda total, d: total.at[here].add(d), totals, change.gradients)
+
+    def _stored(self, index: int, buffers: _Buffers, change: _Change, mine: StageTicks) -> _Buffers:
+        ours = jnp.maximum(mine.chunk, 0) // self.chunks.of_block == index
+        forward, backward = ours & (mine.kind == FORWARD), ours & (mine.kind == BACKWARD)
+        saved = [
+            put_at(buffer, leaf, jnp.where(forward, mine.saved_longer if longer else mine.saved, 0))
+            for buffer, leaf, longer in zip(buffers.saved, change.kept or [], self.blocks[index].longer, strict=True)
+        ]
+        return _Buffers(saved, put_at(buffers.aside, change.aside, jnp.where(backward, mine.aside, 0)))
+
+    def _forward(self, index: int, mine: StageTicks, x: Tree, work: Work) -> _Change:
+        y, kept = self.blocks[index].residuals.forward(self.chunks.at(index, mine.chunk), x, work)
+        return _Change(y, kept)
 
     def _saved(self, index: int, mine: StageTicks, buffers: _Buffers) -> list[Array]:
         slots = (mine.saved_longer if longer else mine.saved for longer in self.blocks[index].longer)
@@ -205,9 +232,9 @@ class _Engine:
         block, chunk, saved = self.blocks[index], self.chunks.at(index, mine.chunk), self._saved(index, mine, buffers)
         if block.split is None:
             d_params, dx = block.residuals.backward(chunk, saved, work, g)
-            return _Change(index, buffers, dx, d_params)
+            return _Change(dx, gradients=d_params)
         dx, aside = block.split.input_gradient(chunk, saved, work, g)
-        return _Change(index, buffers._replace(aside=put_at(buffers.aside, aside, mine.aside)), dx)
+        return _Change(dx, aside=aside)
 
     def _weights(self, index: int, mine: StageTicks, work: Work, buffers: _Buffers) -> _Change:
         block, saved = self.blocks[index], self._saved(index, mine, buffers)
@@ -215,20 +242,21 @@ class _Engine:
         kept = [leaf if longer else None for leaf, longer in zip(saved, block.longer, strict=True)]
         aside = at_index(buffers.aside, mine.aside)
         chunk = self.chunks.at(index, mine.chunk)
-        return _Change(index, buffers, gradients=block.split.parameter_gradients(chunk, kept, work, aside))
+        return _Change(gradients=block.split.parameter_gradients(chunk, kept, work, aside))
 
 
 class _Change(NamedTuple):
-    """What an operation on a block leaves behind. gradients: of the parameters of the chunk; None: none."""
+    """What an operation on a block leaves behind, None: nothing. out: for a neighbour. kept: by F, for B and W. aside:
+    by B, for W. gradients: of the parameters of the chunk."""
 
-    index: int
-    buffers: _Buffers
     out: Tree = None
+    kept: list[Array] | None = None
+    aside: list[Array] | None = None
     gradients: Tree = None
 
-
-def _put(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
-    return (*items[:index], item, *items[index + 1 :])
+    def replaced_by(self, other: _Change) -> _Change:
+        """With what another one has."""
+        return _Change(*(mine if its is None else its for mine, its in zip(self, other, strict=True)))
 
 
 def _read(buffer: Tree, slot: Array) -> Tree:
