@@ -26,26 +26,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from megajax.config import ConfigError
-from megajax.ops.grouped import (
-    DropPolicy,
-    Groups,
-    capacity,
-    drop,
-    expert_counts,
-    permute,
-    permute_choices,
-    place,
-    place_grouped,
-    round_up,
-    unpermute,
-)
+from megajax.ops.grouped import DropPolicy, Groups, capacity, drop
+from megajax.parallel.expert_exchange import Axes, Exchange, MeshAxes, Sent, Work, exchange_of
 
 Array = jax.Array
-MeshAxes = tuple[str, ...]
 
 ExpertFn = Callable[[Any, Array, Array, Groups | None], Array]
 """(parameters of the local experts, x, probs, groups) -> y of x's shape, each row by its own expert and already times
@@ -115,69 +102,146 @@ def dispatch(
     Raises:
       ConfigError: sizes that do not divide, a dispatcher that cannot work on these axes or this platform.
     """
-    mesh, dtype = jax.sharding.get_abstract_mesh(), x.dtype
-    _check_platform(dispatcher, mesh)
-    # Axes of one device need no collective, and XLA would keep their sums.
-    token_spec = _several(token_spec, mesh)
-    specs = PartitionSpec(ep or None) if param_specs is None else param_specs
-    specs = jax.tree.map(lambda s: _several(s, mesh), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
-    axes = _Axes(*(_names(_several(PartitionSpec(group), mesh)) for group in (_names(token_spec), ep, etp)))
-    manual = {*axes.token, *axes.ep, *axes.etp, *_names_of_tree(specs)}
-    if not manual:
-        return _local(x, expert_ids, probs, params, expert_fn, num_experts, dispatcher, axes)
-    _check(x, token_spec, axes, num_experts, dispatcher, mesh)
-    if _platform(mesh) == "cpu":
-        # XLA:CPU aborts on a sum of bf16 over devices.
-        expert_fn = _narrowed(expert_fn, x.dtype, jax.tree.map(lambda a: a.dtype, params))
-        x, params = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), (x, params))
-    inner = functools.partial(_local, expert_fn=expert_fn, num_experts=num_experts, dispatcher=dispatcher, axes=axes)
-    tokens = PartitionSpec(*token_spec, *(None,) * (x.ndim - len(token_spec)))
-    sharded: Any = jax.shard_map(
-        inner, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, axis_names=manual, check_vma=False
-    )
-    return sharded(x, expert_ids, probs, params).astype(dtype)
+    steps = ExpertSteps.of(
+        x, params, expert_fn, num_experts=num_experts, dispatcher=dispatcher, token_spec=token_spec, ep=ep, etp=etp,
+        param_specs=param_specs,
+    )  # fmt: skip
+    return steps.all(x, expert_ids, probs, params)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Axes:
-    """Mesh axes, major to minor, of more than one device: `token` cut the tokens, `ep` the experts, `etp` an expert."""
+class ExpertSteps:
+    """`dispatch` in three steps, each a manual region of its own, for a schedule that overlaps the exchange.
 
-    token: MeshAxes = ()
-    ep: MeshAxes = ()
-    etp: MeshAxes = ()
+    What goes from step to step holds, for each device, its own part: leaves are cut over all manual axes at dim 0.
+    """
 
-    def gathered(self, group: MeshAxes) -> MeshAxes:
-        """Those of `group` whose devices hold different tokens."""
-        return tuple(a for a in group if a in self.token)
-
-    def summed(self, group: MeshAxes) -> MeshAxes:
-        """Those of `group` whose devices hold the same tokens."""
-        return tuple(a for a in group if a not in self.token)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """What all dispatchers need to know. limit: rows an expert takes from one device, None all."""
-
-    fn: Callable[[Array, Array, Groups | None], Array]
+    axes: Axes
+    token_spec: PartitionSpec
+    param_specs: Any
+    manual: MeshAxes
+    tokens: int
+    """Of one device."""
+    expert_fn: ExpertFn
     num_experts: int
-    limit: int | None
     dispatcher: Dispatcher
-    axes: _Axes
+    dtype: Any
+    widened: bool
+    """XLA:CPU aborts on a sum of bf16 over devices: x and parameters cross in fp32."""
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        params: Any,
+        expert_fn: ExpertFn,
+        *,
+        num_experts: int,
+        dispatcher: Dispatcher,
+        token_spec: PartitionSpec = PartitionSpec(),
+        ep: MeshAxes = (),
+        etp: MeshAxes = (),
+        param_specs: Any = None,
+    ) -> "ExpertSteps":
+        """Arguments as for `dispatch`; of x and params only shapes and dtypes matter."""
+        mesh = jax.sharding.get_abstract_mesh()
+        _check_platform(dispatcher, mesh)
+        # Axes of one device need no collective, and XLA would keep their sums.
+        token_spec = _several(token_spec, mesh)
+        specs = PartitionSpec(ep or None) if param_specs is None else param_specs
+        specs = jax.tree.map(lambda s: _several(s, mesh), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        axes = Axes(*(_names(_several(PartitionSpec(group), mesh)) for group in (_names(token_spec), ep, etp)))
+        manual = {*axes.token, *axes.ep, *axes.etp, *_names_of_tree(specs)}
+        widened = bool(manual) and _platform(mesh) == "cpu"
+        if manual:
+            _check(x, token_spec, axes, num_experts, dispatcher, mesh)
+        if widened:
+            expert_fn = _narrowed(expert_fn, x.dtype, jax.tree.map(lambda a: a.dtype, params))
+        cut = math.prod(mesh.shape[axis] for axis in axes.token)
+        return cls(
+            axes, token_spec, specs, tuple(axis for axis in mesh.axis_names if axis in manual),
+            math.prod(x.shape[:-1]) // cut, expert_fn, num_experts, dispatcher, x.dtype, widened,
+        )  # fmt: skip
+
+    def all(self, x: Array, expert_ids: Array, probs: Array, params: Any) -> Array:
+        """The three steps in one region."""
+
+        def region(x: Array, ids: Array, probs: Array, params: Any) -> Array:
+            top_k = ids.shape[-1]
+            sent = self._send(x, ids, probs)
+            return self._collect(self._compute(params, sent, top_k), x.shape, top_k)
+
+        tokens = self._tokens(x.ndim)
+        in_specs = (tokens, tokens, tokens, self.param_specs)
+        run = self._region(region, in_specs, tokens)
+        return run(self._wide(x), expert_ids, probs, self._wide(params)).astype(self.dtype)
+
+    def send(self, x: Array, expert_ids: Array, probs: Array) -> Sent:
+        """Tokens to the devices of their experts."""
+        tokens = self._tokens(x.ndim)
+        return self._region(self._send, (tokens,) * 3, self._own)(self._wide(x), expert_ids, probs)
+
+    def compute(self, params: Any, sent: Sent, *, top_k: int) -> Sent:
+        """Through the experts."""
+
+        def region(params: Any, sent: Sent) -> Sent:
+            return self._compute(params, sent, top_k)
+
+        return self._region(region, (self.param_specs, self._own), self._own)(self._wide(params), sent)
+
+    def collect(self, sent: Sent, shape: tuple[int, ...], *, top_k: int) -> Array:
+        """Results back to their tokens, and summed: [..., D]. shape: of x."""
+        spec, mesh = self._tokens(len(shape)), jax.sharding.get_abstract_mesh()
+        cuts = [math.prod(mesh.shape[axis] for axis in _names(PartitionSpec(entry))) for entry in spec]
+        local = tuple(size // cut for size, cut in zip(shape, cuts, strict=True))
+        run = self._region(lambda sent: self._collect(sent, local, top_k), (self._own,), spec)
+        return run(sent).astype(self.dtype)
 
     @property
-    def shards(self) -> int:
-        return _size(self.axes.ep)
+    def _own(self) -> PartitionSpec:
+        return PartitionSpec(self.manual)
 
-    @property
-    def experts(self) -> int:
-        """Experts of this device."""
-        return self.num_experts // self.shards
+    def _tokens(self, ndim: int) -> PartitionSpec:
+        return PartitionSpec(*self.token_spec, *(None,) * (ndim - len(self.token_spec)))
 
-    @property
-    def me(self) -> Array | int:
-        """This device's place along ep."""
-        return lax.axis_index(self.axes.ep) if self.axes.ep else 0
+    def _region(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        if not self.manual:
+            return function
+        return jax.shard_map(
+            function, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.manual), check_vma=False
+        )
+
+    def _wide(self, tree: Any) -> Any:
+        if not self.widened:
+            return tree
+        return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), tree)
+
+    def _work(self, top_k: int, fn: Callable[..., Array] | None = None) -> tuple[Exchange, Work]:
+        dispatcher, limit = self.dispatcher, None
+        if dispatcher.capacity_factor is not None:
+            limit = capacity(self.tokens, top_k, self.num_experts, dispatcher.capacity_factor)
+        fn = fn or _no_experts
+        work = Work(fn, self.num_experts, limit, dispatcher.block, dispatcher.pad_to_capacity, self.axes)
+        return exchange_of(dispatcher.kind, limit), work
+
+    def _send(self, x: Array, expert_ids: Array, probs: Array) -> Sent:
+        x_TD, ids_TK, probs_TK = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, probs.astype(jnp.float32)))
+        exchange, work = self._work(ids_TK.shape[1])
+        if work.limit is not None:
+            ids_TK = drop(ids_TK, probs_TK, self.num_experts, work.limit, self.dispatcher.drop_policy)
+        return exchange.send(x_TD, ids_TK, probs_TK, work)
+
+    def _compute(self, params: Any, sent: Sent, top_k: int) -> Sent:
+        exchange, work = self._work(top_k, functools.partial(self.expert_fn, params))
+        return sent._replace(payload=exchange.compute(sent.payload, work))
+
+    def _collect(self, sent: Sent, shape: tuple[int, ...], top_k: int) -> Array:
+        exchange, work = self._work(top_k)
+        return exchange.collect(sent, work).reshape(shape)
+
+
+def _no_experts(*args: Any) -> Array:
+    raise AssertionError("experts run in `compute` alone")
 
 
 def _several(spec: PartitionSpec, mesh: AbstractMesh) -> PartitionSpec:
@@ -220,7 +284,7 @@ def _check_platform(dispatcher: Dispatcher, mesh: AbstractMesh) -> None:
 
 
 def _check(
-    x: Array, token_spec: PartitionSpec, axes: _Axes, num_experts: int, dispatcher: Dispatcher, mesh: AbstractMesh
+    x: Array, token_spec: PartitionSpec, axes: Axes, num_experts: int, dispatcher: Dispatcher, mesh: AbstractMesh
 ) -> None:
     size = math.prod(mesh.shape[a] for a in axes.ep)
     if num_experts % size:
@@ -240,160 +304,3 @@ def _check(
                 f"the experts' input: dim {dim} has size {x.shape[dim]}, not divisible by the {shards} devices it is"
                 " cut over; change the batch size, the sequence length or the mesh"
             )
-
-
-def _local(
-    x: Array,
-    expert_ids: Array,
-    probs: Array,
-    params: Any,
-    expert_fn: ExpertFn,
-    num_experts: int,
-    dispatcher: Dispatcher,
-    axes: _Axes,
-) -> Array:
-    """What one device does."""
-    x_TD, ids_TK, probs_TK = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, probs.astype(jnp.float32)))
-    limit = None
-    if dispatcher.capacity_factor is not None:
-        limit = capacity(x_TD.shape[0], ids_TK.shape[1], num_experts, dispatcher.capacity_factor)
-        ids_TK = drop(ids_TK, probs_TK, num_experts, limit, dispatcher.drop_policy)
-    work = _Work(functools.partial(expert_fn, params), num_experts, limit, dispatcher, axes)
-    how = {"allgather": _allgather, "alltoall": _alltoall, "ragged": _ragged}[dispatcher.kind]
-    return how(x_TD, ids_TK, probs_TK, work).reshape(x.shape)
-
-
-def _size(names: MeshAxes) -> int:
-    return lax.axis_size(names) if names else 1
-
-
-def _gather(x: Array, names: MeshAxes, dim: int = 0) -> Array:
-    return lax.all_gather(x, names, axis=dim, tiled=True) if names else x
-
-
-def _sum_back(y: Array, axes: _Axes, group: MeshAxes, dim: int = 0) -> Array:
-    """Adds the results of the devices of `group`; those that gathered different tokens keep only their own rows."""
-    scattered, summed = axes.gathered(group), axes.summed(group)
-    y = lax.psum_scatter(y, scattered, scatter_dimension=dim, tiled=True) if scattered else y
-    return lax.psum(y, summed) if summed else y
-
-
-def _exchange(x: Array, names: MeshAxes) -> Array:
-    """Part i of the first dim goes to device i, and part i of the result came from device i."""
-    return lax.all_to_all(x, names, 0, 0, tiled=True) if names else x
-
-
-def _compute(x_ND: Array, ids_NK: Array, probs_NK: Array, work: _Work) -> Array:
-    """Grouped by expert, computed, summed back to [N, D]. ids are of local experts, e of none."""
-    experts, block = work.experts, work.dispatcher.block
-    # However the router chooses: a token has at most one row with an expert, a group at most block - 1 rows too many.
-    longest = x_ND.shape[0] * min(ids_NK.shape[1], experts) + experts * (block - 1)
-    where, groups = place_grouped(ids_NK, experts, round_up(longest, block), block)
-    return unpermute(work.fn(permute(x_ND, where), permute_choices(probs_NK, where), groups), where)
-
-
-def _compute_padded(x_ND: Array, ids_NK: Array, probs_NK: Array, work: _Work, rows: int) -> Array:
-    """The same with fixed shapes, `rows` rows an expert."""
-    where = place(ids_NK, rows * jnp.arange(work.experts), work.experts * rows)
-    x_RD, probs_R = permute(x_ND, where), permute_choices(probs_NK, where)
-    y = work.fn(x_RD.reshape(work.experts, rows, -1), probs_R.reshape(work.experts, rows), None)
-    return unpermute(y.reshape(x_RD.shape), where)
-
-
-def _compute_arrived(x_ND: Array, routing_N2: Array, work: _Work) -> Array:
-    """`_compute` for rows of one expert each, together with the devices that hold the other parts of the experts."""
-    others = work.axes.gathered(work.axes.etp)
-    ids_N1, probs_N1 = _unpack(_gather(routing_N2, others)[:, None], work.experts)
-    return _sum_back(_compute(_gather(x_ND, others), ids_N1, probs_N1, work), work.axes, work.axes.etp)
-
-
-def _routing(ids: Array, probs: Array) -> Array:
-    """Probability and expert in one message, [...] to [..., 2]. fp32 holds every id exactly, and an empty row, all
-    zero, reads as an expert that is not there."""
-    return jnp.stack([probs, (ids + 1).astype(probs.dtype)], -1)
-
-
-def _unpack(routing: Array, experts: int) -> tuple[Array, Array]:
-    """(ids, probs), an id outside [0, experts) becoming `experts`."""
-    ids = routing[..., 1].astype(jnp.int32) - 1
-    return jnp.where((ids >= 0) & (ids < experts), ids, experts), routing[..., 0]
-
-
-def _allgather(x_TD: Array, ids_TK: Array, probs_TK: Array, work: _Work) -> Array:
-    """Every device of the group sees all tokens and works on those that chose its experts."""
-    axes, experts = work.axes, work.experts
-    group = axes.ep + axes.etp
-    x_ND = _gather(x_TD, axes.gathered(group))
-    mine = _gather(_routing(ids_TK, probs_TK), axes.gathered(group)) - jnp.array([0, experts * work.me])
-    ids_NK, probs_NK = _unpack(mine, experts)
-    if work.limit is not None and work.dispatcher.pad_to_capacity:
-        y_ND = _compute_padded(x_ND, ids_NK, probs_NK, work, work.limit * _size(axes.gathered(group)))
-    else:
-        y_ND = _compute(x_ND, ids_NK, probs_NK, work)
-    return _sum_back(y_ND, axes, group)
-
-
-def _alltoall(x_TD: Array, ids_TK: Array, probs_TK: Array, work: _Work) -> Array:
-    """Messages of a fixed length: C rows for each expert, or, dropless, the most rows that a device can be sent."""
-    if work.limit is not None:
-        return _alltoall_capacity(x_TD, ids_TK, probs_TK, work, work.limit)
-    ep, shards, experts = work.axes.ep, work.shards, work.experts
-    rows = x_TD.shape[0] * min(ids_TK.shape[1], experts)
-    # Rows for one device lie behind each other.
-    counts = expert_counts(ids_TK, work.num_experts).reshape(shards, experts)
-    starts = rows * jnp.arange(shards)[:, None] + jnp.cumsum(counts, 1) - counts
-    where = place(ids_TK, starts.reshape(-1), shards * rows)
-    x_ND = _exchange(permute(x_TD, where), ep)
-    routing_N2 = _exchange(permute_choices(_routing(ids_TK % experts, probs_TK), where), ep)
-    y_ND = _compute_arrived(x_ND, routing_N2, work)
-    return unpermute(_exchange(y_ND, ep), where)
-
-
-def _alltoall_capacity(x_TD: Array, ids_TK: Array, probs_TK: Array, work: _Work, limit: int) -> Array:
-    axes, shards, experts = work.axes, work.shards, work.experts
-    where = place(ids_TK, limit * jnp.arange(work.num_experts), work.num_experts * limit)
-
-    def to_experts(a: Array) -> Array:
-        """[E * C, ...] to [e, rows of the whole group, ...]."""
-        a = _exchange(a, axes.ep).reshape(shards, experts, limit, *a.shape[1:]).swapaxes(0, 1)
-        return _gather(a.reshape(experts, shards * limit, *a.shape[3:]), axes.gathered(axes.etp), 1)
-
-    y = work.fn(to_experts(permute(x_TD, where)), to_experts(permute_choices(probs_TK, where)), None)
-    y = _sum_back(y, axes, axes.etp, dim=1)
-    y = y.reshape(experts, shards, limit, -1).swapaxes(0, 1).reshape(work.num_experts * limit, -1)
-    return unpermute(_exchange(y, axes.ep), where)
-
-
-def _ragged(x_TD: Array, ids_TK: Array, probs_TK: Array, work: _Work) -> Array:
-    """Only rows that exist travel; the buffer they arrive in is as long as the worst case."""
-    ep, shards, experts = work.axes.ep, work.shards, work.experts
-    tokens, top_k = ids_TK.shape
-    counts = expert_counts(ids_TK, work.num_experts)
-    where = place(ids_TK, jnp.cumsum(counts) - counts, tokens * top_k)
-    longest = shards * tokens * min(top_k, experts)
-    # sent[i, j, e]: rows that device i has for expert e of device j.
-    sent = _gather(counts[None], ep).reshape(shards, shards, experts)
-    there, back = _offsets(sent.sum(2), work.me)
-    x_ND = _ragged_exchange(permute(x_TD, where), longest, there, ep)
-    routing_N2 = _ragged_exchange(permute_choices(_routing(ids_TK % experts, probs_TK), where), longest, there, ep)
-    y_ND = _compute_arrived(x_ND, routing_N2, work)
-    return unpermute(_ragged_exchange(y_ND, tokens * top_k, back, ep), where)
-
-
-_Offsets = tuple[Array, Array, Array, Array]
-
-
-def _offsets(rows_ij: Array, me: Array | int) -> tuple[_Offsets, _Offsets]:
-    """What `ragged_all_to_all` asks for, on the way there and back, from rows that device i sends to device j:
-    where they start here, how many, where they go there, how many come."""
-    before_j = jnp.cumsum(rows_ij, 1) - rows_ij  # where they start at the sender i
-    before_i = jnp.cumsum(rows_ij, 0) - rows_ij  # where they go at the receiver j
-    there = (before_j[me], rows_ij[me], before_i[me], rows_ij[:, me])
-    back = (before_i[:, me], rows_ij[:, me], before_j[:, me], rows_ij[me])
-    return there, back
-
-
-def _ragged_exchange(x: Array, rows: int, offsets: _Offsets, names: MeshAxes) -> Array:
-    if not names:
-        return x
-    return lax.ragged_all_to_all(x, jnp.zeros((rows, *x.shape[1:]), x.dtype), *offsets, axis_name=names)

@@ -62,7 +62,21 @@ class TransformerLayer(nn.Module):
     config: TransformerConfig
     submodules: TransformerLayerSubmodules
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg, sub = self.config, self.submodules
+        if sub.self_attention is not None:
+            self.input_layernorm = _built(sub.input_layernorm, cfg)
+            self.self_attention = sub.self_attention(config=cfg)
+            self.self_attn_bda = sub.self_attn_bda(config=cfg)
+        if sub.cross_attention is not None:
+            self.pre_cross_attn_layernorm = _built(sub.pre_cross_attn_layernorm, cfg)
+            self.cross_attention = sub.cross_attention(config=cfg)
+            self.cross_attn_bda = sub.cross_attn_bda(config=cfg)
+        if sub.mlp is not None:
+            self.pre_mlp_layernorm = _built(sub.pre_mlp_layernorm, cfg)
+            self.mlp = sub.mlp(config=cfg)
+            self.mlp_bda = sub.mlp_bda(config=cfg)
+
     def __call__(
         self,
         x_BSD: Array,
@@ -79,41 +93,61 @@ class TransformerLayer(nn.Module):
 
         aux_weight: scalar that the losses of a router are multiplied by; None leaves them out.
         """
-        cfg, sub, made = self.config, self.submodules, None
-
-        if sub.self_attention is not None:
-            y_BSD, residual_BSD = self._norm(sub.input_layernorm, "input_layernorm", x_BSD)
-            attention = sub.self_attention(config=cfg, name="self_attention")
-            y_BSD = attention(y_BSD, mask=mask, rotary=rotary, decode=decode, deterministic=deterministic)
-            x_BSD = sub.self_attn_bda(config=cfg, name="self_attn_bda")(
-                y_BSD, residual_BSD, deterministic=deterministic
-            )
-
-        if sub.cross_attention is not None:
-            y_BSD, residual_BSD = self._norm(sub.pre_cross_attn_layernorm, "pre_cross_attn_layernorm", x_BSD)
-            attention = sub.cross_attention(config=cfg, name="cross_attention")
-            y_BSD = attention(y_BSD, context, mask=context_mask or AttentionMask(), deterministic=deterministic)
-            if isinstance(y_BSD, WithContext):
-                y_BSD, made = y_BSD
-            x_BSD = sub.cross_attn_bda(config=cfg, name="cross_attn_bda")(
-                y_BSD, residual_BSD, deterministic=deterministic
-            )
-
+        cfg, sub = self.config, self.submodules
+        x_BSD, made = self.attend(
+            x_BSD, mask=mask, rotary=rotary, context=context, context_mask=context_mask, decode=decode,
+            deterministic=deterministic,
+        )  # fmt: skip
         if sub.mlp is not None:
-            y_BSD, residual_BSD = self._norm(sub.pre_mlp_layernorm, "pre_mlp_layernorm", x_BSD)
-            mlp = recomputed(sub.mlp(config=cfg, name="mlp"), "mlp", cfg)
+            y_BSD, residual_BSD = self.before_mlp(x_BSD)
+            mlp = recomputed(self.mlp, "mlp", cfg)
             routed = {"aux_weight": aux_weight, "decode": decode, "deterministic": deterministic}
             y_BSD = mlp(y_BSD, **(routed if cfg.num_moe_experts is not None else {}))
-            x_BSD = sub.mlp_bda(config=cfg, name="mlp_bda")(y_BSD, residual_BSD, deterministic=deterministic)
+            x_BSD = self.mlp_bda(y_BSD, residual_BSD, deterministic=deterministic)
         return x_BSD if made is None else WithContext(x_BSD, made)
 
-    def _norm(self, build: Builder | None, name: str, x_BSD: Array) -> tuple[Array, Array]:
+    def attend(
+        self,
+        x_BSD: Array,
+        *,
+        mask: AttentionMask,
+        rotary: Rotary | None = None,
+        context: Array | None = None,
+        context_mask: AttentionMask | None = None,
+        decode: bool = False,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array | None]:
+        """(x [B, S, D] after the attention sublayers, a context that the cross-attention made or None)."""
+        sub, made = self.submodules, None
+        if sub.self_attention is not None:
+            y_BSD, residual_BSD = self._norm(self.input_layernorm, x_BSD)
+            y_BSD = self.self_attention(y_BSD, mask=mask, rotary=rotary, decode=decode, deterministic=deterministic)
+            x_BSD = self.self_attn_bda(y_BSD, residual_BSD, deterministic=deterministic)
+
+        if sub.cross_attention is not None:
+            y_BSD, residual_BSD = self._norm(self.pre_cross_attn_layernorm, x_BSD)
+            context_mask = context_mask or AttentionMask()
+            y_BSD = self.cross_attention(y_BSD, context, mask=context_mask, deterministic=deterministic)
+            if isinstance(y_BSD, WithContext):
+                y_BSD, made = y_BSD
+            x_BSD = self.cross_attn_bda(y_BSD, residual_BSD, deterministic=deterministic)
+        return x_BSD, made
+
+    def before_mlp(self, x_BSD: Array) -> tuple[Array, Array]:
+        """(input of the MLP, residual), of what `attend` returns."""
+        return self._norm(self.pre_mlp_layernorm, x_BSD)
+
+    def _norm(self, norm: nn.Module | None, x_BSD: Array) -> tuple[Array, Array]:
         """(input of the sublayer in the compute dtype, residual)."""
         cfg = self.config
         y_BSD = x_BSD
-        if build is not None:
-            y_BSD = recomputed(build(config=cfg, name=name), "layernorm", cfg)(x_BSD)
+        if norm is not None:
+            y_BSD = recomputed(norm, "layernorm", cfg)(x_BSD)
             # For the sake of its gradient, which the sublayer hands back whole: it is scattered where it is summed.
             y_BSD = constrain(y_BSD, "batch", "residual_seq", "act_embed")
         residual_BSD = y_BSD if cfg.apply_residual_connection_post_layernorm else x_BSD
         return y_BSD.astype(jnp.dtype(cfg.compute_dtype)), residual_BSD
+
+
+def _built(build: Builder | None, config: TransformerConfig) -> nn.Module | None:
+    return None if build is None else build(config=config)

@@ -5,7 +5,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from megajax.ops.activations import ACTIVATIONS, activate, gated
 from megajax.ops.attach import attach
 from megajax.ops.grouped import Groups, expert_counts, grouped_bias, grouped_matmul
 from megajax.ops.router import Routing, load_balancing_loss, route, sinkhorn_route, z_loss
-from megajax.parallel.expert import Dispatcher, dispatch
+from megajax.parallel.expert import Dispatcher, ExpertSteps, dispatch
+from megajax.parallel.expert_exchange import Sent
 from megajax.parallel.sharding import constrain
 from megajax.spec import Builder
 from megajax.transformer.linear import init_std, normal_init, output_init_std, zeros_init
@@ -138,17 +139,49 @@ class Experts(nn.Module):
 
     config: TransformerConfig
 
-    @nn.compact
-    def __call__(self, x_BSD: Array, ids_BSK: Array, weights_BSK: Array) -> Array:
-        cfg, D = self.config, x_BSD.shape[-1]
-        E, F = cfg.num_moe_experts, cfg.moe_ffn_hidden_size
+    def setup(self) -> None:
+        cfg = self.config
+        E, F, D = cfg.num_moe_experts, cfg.moe_ffn_hidden_size, cfg.moe_latent_size or cfg.hidden_size
         assert E is not None
         assert F is not None
-        names = ["linear_gate", "linear_fc1"] if cfg.gated_linear_unit else ["linear_fc1"]
         inwards, outwards = ("expert_embed", "expert_mlp"), ("expert_mlp", "expert_embed")
-        params = {name: ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg), name=name)() for name in names}
-        params["linear_fc2"] = ExpertLinear(cfg, (E, F, D), outwards, output_init_std(cfg), name="linear_fc2")()
-        rules = dict(nn.get_logical_axis_rules())
+        if cfg.gated_linear_unit:
+            self.linear_gate = ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg))
+        self.linear_fc1 = ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg))
+        self.linear_fc2 = ExpertLinear(cfg, (E, F, D), outwards, output_init_std(cfg))
+
+    def __call__(self, x_BSD: Array, ids_BSK: Array, weights_BSK: Array) -> Array:
+        params = self.weights()
+        return dispatch(x_BSD, ids_BSK, weights_BSK, params, **self._how(x_BSD, params))
+
+    # The same in three steps, for a schedule that overlaps them with other work.
+
+    def send(self, x_BSD: Array, ids_BSK: Array, weights_BSK: Array) -> Sent:
+        """Tokens to the devices of their experts."""
+        return self._steps(x_BSD, self.weights()).send(x_BSD, ids_BSK, weights_BSK)
+
+    def compute(self, sent: Sent, like: Any) -> Sent:
+        """Through the experts. like: shape and dtype of x."""
+        params = self.weights()
+        return self._steps(like, params).compute(params, sent, top_k=self.config.moe_router_topk)
+
+    def collect(self, sent: Sent, like: Any) -> Array:
+        """Results back to their tokens, and summed, [B, S, D]."""
+        steps = self._steps(like, self.weights())
+        return steps.collect(sent, like.shape, top_k=self.config.moe_router_topk)
+
+    def weights(self) -> dict[str, Any]:
+        """The kernels, and biases, of all linear maps."""
+        gate = {"linear_gate": self.linear_gate()} if self.config.gated_linear_unit else {}
+        return gate | {"linear_fc1": self.linear_fc1(), "linear_fc2": self.linear_fc2()}
+
+    def _steps(self, like: Any, params: dict[str, Any]) -> ExpertSteps:
+        return ExpertSteps.of(like, params, **self._how(like, params))
+
+    def _how(self, like: Any, params: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `dispatch`."""
+        cfg, rules = self.config, dict(nn.get_logical_axis_rules())
+        assert cfg.num_moe_experts is not None
 
         def axes(name: str) -> tuple[str, ...]:
             found = rules.get(name) or ()
@@ -163,19 +196,15 @@ class Experts(nn.Module):
                 return PartitionSpec(ep, None if name == "linear_fc2" else etp)
             return PartitionSpec(ep, etp, None) if name == "linear_fc2" else PartitionSpec(ep, None, etp)
 
-        return dispatch(
-            x_BSD,
-            ids_BSK,
-            weights_BSK,
-            params,
-            functools.partial(self._mlp, parts=_devices(etp)),
-            num_experts=E,
-            dispatcher=self._dispatcher(x_BSD.shape[0] * x_BSD.shape[1]),
-            token_spec=PartitionSpec(axes("batch"), axes("residual_seq")),
-            ep=ep,
-            etp=etp,
-            param_specs=jax.tree_util.tree_map_with_path(spec, params),
-        )
+        return {
+            "expert_fn": functools.partial(self._mlp, parts=_devices(etp)),
+            "num_experts": cfg.num_moe_experts,
+            "dispatcher": self._dispatcher(like.shape[0] * like.shape[1]),
+            "token_spec": PartitionSpec(axes("batch"), axes("residual_seq")),
+            "ep": ep,
+            "etp": etp,
+            "param_specs": jax.tree_util.tree_map_with_path(spec, params),
+        }
 
     def _dispatcher(self, tokens: int) -> Dispatcher:
         cfg = self.config
@@ -230,6 +259,16 @@ class SharedExpertGate(nn.Module):
         return jax.nn.sigmoid(x_BSD @ kernel.astype(x_BSD.dtype))
 
 
+class Routed(NamedTuple):
+    """What the experts are given: x [B, S, D] (or [B, S, L]), experts and weights [B, S, K]; and what needs none of
+    them, the output of the shared experts [B, S, D] or None."""
+
+    x: Array
+    ids: Array
+    weights: Array
+    shared: Array | None
+
+
 class MoELayer(nn.Module):
     """Each token through K of E experts, their results weighted and summed, and through the shared experts.
 
@@ -239,28 +278,45 @@ class MoELayer(nn.Module):
     config: TransformerConfig
     submodules: MoESubmodules
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg, sub = self.config, self.submodules
+        self.router = sub.router(config=cfg)
+        self.experts = sub.experts(config=cfg)
+        if cfg.moe_latent_size is not None:
+            latent = {"config": cfg, "axis": "whole", "use_bias": cfg.add_mlp_bias}
+            self.fc1_latent_proj = sub.linear_fc1(features=cfg.moe_latent_size, **latent)
+            self.fc2_latent_proj = sub.linear_fc2(features=cfg.hidden_size, **latent)
+        if cfg.moe_shared_expert_intermediate_size is not None:
+            shared = cfg.replace(ffn_hidden_size=cfg.moe_shared_expert_intermediate_size, add_mlp_bias=False)
+            self.shared_experts = sub.shared_experts(config=shared)
+            if cfg.moe_shared_expert_gate:
+                self.shared_expert_gate = SharedExpertGate(cfg)
+
     def __call__(
         self, x_BSD: Array, *, aux_weight: Array | None = None, decode: bool = False, deterministic: bool = True
     ) -> Array:
         """See `Router` for the arguments."""
-        cfg, sub = self.config, self.submodules
+        routed = self.route(x_BSD, aux_weight=aux_weight, decode=decode, deterministic=deterministic)
+        return self.join(self.experts(routed.x, routed.ids, routed.weights), routed.shared)
+
+    def route(
+        self, x_BSD: Array, *, aux_weight: Array | None = None, decode: bool = False, deterministic: bool = True
+    ) -> Routed:
+        """All that comes before the experts."""
+        cfg = self.config
         x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")
-        router = sub.router(config=cfg, name="router")
-        ids_BSK, weights_BSK = router(x_BSD, aux_weight=aux_weight, decode=decode, deterministic=deterministic)
-        experts = sub.experts(config=cfg, name="experts")
-        if cfg.moe_latent_size is None:
-            y_BSD = experts(x_BSD, ids_BSK, weights_BSK)
-        else:
-            latent = {"config": cfg, "axis": "whole", "use_bias": cfg.add_mlp_bias}
-            x_BSL = sub.linear_fc1(features=cfg.moe_latent_size, name="fc1_latent_proj", **latent)(x_BSD)
-            y_BSL = experts(x_BSL, ids_BSK, weights_BSK)
-            y_BSD = sub.linear_fc2(features=cfg.hidden_size, name="fc2_latent_proj", **latent)(y_BSL)
+        ids_BSK, weights_BSK = self.router(x_BSD, aux_weight=aux_weight, decode=decode, deterministic=deterministic)
+        x_BSL = x_BSD if cfg.moe_latent_size is None else self.fc1_latent_proj(x_BSD)
+        shared_BSD = None
         if cfg.moe_shared_expert_intermediate_size is not None:
-            width = cfg.moe_shared_expert_intermediate_size
-            shared = cfg.replace(ffn_hidden_size=width, add_mlp_bias=False)
-            shared_BSD = sub.shared_experts(config=shared, name="shared_experts")(x_BSD)
+            shared_BSD = self.shared_experts(x_BSD)
             if cfg.moe_shared_expert_gate:
-                shared_BSD *= SharedExpertGate(cfg, name="shared_expert_gate")(x_BSD)
+                shared_BSD *= self.shared_expert_gate(x_BSD)
+        return Routed(x_BSL, ids_BSK, weights_BSK, shared_BSD)
+
+    def join(self, y_BSL: Array, shared_BSD: Array | None) -> Array:
+        """All that comes after them, [B, S, D]."""
+        y_BSD = y_BSL if self.config.moe_latent_size is None else self.fc2_latent_proj(y_BSL)
+        if shared_BSD is not None:
             y_BSD += shared_BSD
         return constrain(y_BSD, "batch", "residual_seq", "act_embed")

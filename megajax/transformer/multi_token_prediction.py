@@ -37,20 +37,28 @@ class MultiTokenPredictionLayer(nn.Module):
     """
 
     config: TransformerConfig
-    transformer_layer: Builder
+    layer_spec: Builder
     layer_norm: Builder
     linear: Builder
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg = self.config
+        self.enorm, self.hnorm = self.layer_norm(config=cfg), self.layer_norm(config=cfg)
+        self.eh_proj = self.linear(config=cfg, features=cfg.hidden_size, axis="mlp", use_bias=False)
+        self.transformer_layer = self.layer_spec(config=cfg.for_layer(cfg.num_layers - 1))
+        self.final_layernorm = self.layer_norm(config=cfg)
+
     def __call__(self, hidden_BSD: Array, embedded_BSD: Array, inputs: dict[str, Any], *, deterministic: bool) -> Array:
         """hidden: of the depth before. embedded: of the tokens that come next. inputs: of the layer."""
-        cfg = self.config
-        e_BSD = self.layer_norm(config=cfg, name="enorm")(embedded_BSD)
-        h_BSD = self.layer_norm(config=cfg, name="hnorm")(hidden_BSD)
-        both = jnp.concatenate([e_BSD, h_BSD], axis=-1).astype(jnp.dtype(cfg.compute_dtype))
-        both = constrain(both, "batch", "residual_seq", "act_embed")
-        x_BSD = self.linear(config=cfg, features=cfg.hidden_size, axis="mlp", use_bias=False, name="eh_proj")(both)
-        x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")
-        layer = self.transformer_layer(config=cfg.for_layer(cfg.num_layers - 1), name="transformer_layer")
-        x_BSD = layer(x_BSD, deterministic=deterministic, **inputs)
-        return self.layer_norm(config=cfg, name="final_layernorm")(x_BSD).astype(jnp.dtype(cfg.compute_dtype))
+        x_BSD = self.before_layer(hidden_BSD, embedded_BSD)
+        return self.after_layer(self.transformer_layer(x_BSD, deterministic=deterministic, **inputs))
+
+    def before_layer(self, hidden_BSD: Array, embedded_BSD: Array) -> Array:
+        """What the layer reads, [B, S, D]."""
+        both = jnp.concatenate([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], axis=-1)
+        both = constrain(both.astype(jnp.dtype(self.config.compute_dtype)), "batch", "residual_seq", "act_embed")
+        return constrain(self.eh_proj(both), "batch", "residual_seq", "act_embed")
+
+    def after_layer(self, x_BSD: Array) -> Array:
+        """The next hidden states, [B, S, D]."""
+        return self.final_layernorm(x_BSD).astype(jnp.dtype(self.config.compute_dtype))
