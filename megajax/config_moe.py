@@ -27,6 +27,11 @@ class MoEConfig:
     moe_router_num_groups: int | None = None
     moe_router_group_topk: int | None = None
     """A token's experts come from this many of the `moe_router_num_groups` groups."""
+    moe_router_group_score_topk: int | None = None
+    """A group is as good as the sum of this many of its best experts; None: moe_router_topk // moe_router_group_topk.
+    DeepSeek-V2 takes 1, DeepSeek-V3 2."""
+    moe_router_norm_topk_prob: bool = True
+    """Sigmoid weights of the chosen experts are made to sum to 1, where there are several."""
     moe_router_topk_scaling_factor: float | None = None
     moe_router_enable_expert_bias: bool = False
     """Balance by a bias on the choice that follows how often each expert is chosen (arXiv:2408.15664)."""
@@ -55,6 +60,13 @@ class MoEConfig:
         kinds = (kinds,) if isinstance(kinds, str) else kinds
         coefficients = coefficients if isinstance(coefficients, tuple) else (coefficients,) * len(kinds)
         return tuple(zip(kinds, coefficients, strict=True))
+
+    @property
+    def group_score_topk(self) -> int | None:
+        """How many of its experts a group is rated by; None where there are no groups."""
+        if self.moe_router_group_topk is None:
+            return None
+        return self.moe_router_group_score_topk or self.moe_router_topk // self.moe_router_group_topk
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer `index` (from 0) has experts."""
@@ -92,6 +104,11 @@ class MoEConfig:
             "moe_router_enable_expert_bias=True needs moe_router_score_function='sigmoid'; set it",
         )
         require(
+            self.moe_router_norm_topk_prob or self.moe_router_score_function == "sigmoid",
+            "moe_router_norm_topk_prob=False needs moe_router_score_function='sigmoid'; a softmax over all experts is"
+            " moe_router_pre_softmax",
+        )
+        require(
             not self.moe_apply_probs_on_input or top_k == 1,
             f"moe_apply_probs_on_input=True needs moe_router_topk=1, not {top_k}; change one of them",
         )
@@ -110,18 +127,29 @@ class MoEConfig:
             )
 
     def _validate_groups(self, experts: int, top_k: int) -> None:
-        groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
+        groups, chosen, best = (
+            self.moe_router_num_groups,
+            self.moe_router_group_topk,
+            self.moe_router_group_score_topk,
+        )
         require(
             (groups is None) == (chosen is None),
             f"moe_router_num_groups={groups} and moe_router_group_topk={chosen} belong together; set both or none",
         )
         if groups is not None and chosen is not None:
             require_divides("num_moe_experts", experts, "moe_router_num_groups", groups)
+            size = experts // groups
             require(
-                0 < chosen <= groups and chosen <= top_k <= chosen * (experts // groups),
+                0 < chosen <= groups and (chosen <= top_k or best is not None) and top_k <= chosen * size,
                 f"moe_router_group_topk={chosen} does not fit moe_router_num_groups={groups} and"
                 f" moe_router_topk={top_k}; change one of them",
             )
+            require(
+                best is None or 0 < best <= size,
+                f"moe_router_group_score_topk={best} must be from 1 to the {size} experts of a group",
+            )
+        else:
+            require(best is None, f"moe_router_group_score_topk={best} needs moe_router_num_groups; set it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,12 +169,18 @@ class LatentAttentionConfig:
     qk_pos_emb_head_dim: int = 64
     """Features of a query head, and of the one key that all heads share, that carry the position."""
     v_head_dim: int = 128
+    qk_pos_emb_interleaved: bool = True
+    """The two features that turn together stand side by side in the weights, as in DeepSeek's; else half the width
+    apart."""
+    latent_layernorm_epsilon: float | None = None
+    """Epsilon of the latents' norms; None is layernorm_epsilon."""
 
     def _validate_latent_attention(self) -> None:
         refused = ("rotary_interleaved", "attention_output_gate", "qk_l2_norm")
         for name in refused if self.multi_latent_attention else ():
             require(not getattr(self, name), f"{name}=True is not defined for multi_latent_attention; set it to False")
         require_positive(self, "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+        require_positive(self, "latent_layernorm_epsilon")
         require(
             self.qk_pos_emb_head_dim % 2 == 0,
             f"qk_pos_emb_head_dim={self.qk_pos_emb_head_dim} must be even: it is rotated in pairs",

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megajax.config import ConfigError, TransformerConfig
+from megajax.config import ConfigError, LatentAttentionConfig, TransformerConfig
 from megajax.interop.hf_architecture import Architecture
 from megajax.interop.hf_rope import position_key
+from megajax.ops.rope import yarn_mscale
 
 # These change how a model is trained or with what precision it runs, not the function its weights stand for.
 _NOT_THE_FUNCTION = """hidden_dropout attention_dropout init_method_std embedding_init_method_std bf16 fp16 params_dtype
@@ -20,7 +21,7 @@ moe_token_dispatcher_type mtp_loss_scaling_factor freeze_language_model freeze_v
 mask_prob short_seq_prob vocab_extra_ids decoder_seq_length mamba_expand mamba_chunk_size mamba_a_init_range
 mamba_dt_min mamba_dt_max mamba_dt_init_floor mamba_conv_init _derived"""
 _EXPERTS_ONLY = ("moe_", "num_moe_")
-_LATENT_ONLY = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_LATENT_ONLY = (*tuple(LatentAttentionConfig.__dataclass_fields__)[1:], "latent_temperature")
 _NOT_LATENT = ("kv_channels", "num_query_groups", "softmax_scale")
 _POSITIONS = ("position_embedding_type", "max_sequence_length", "seq_len_interpolation_factor")
 _POSITION_PREFIXES = ("rope_", "rotary_", "yarn_")
@@ -68,12 +69,15 @@ def _function(config: TransformerConfig, index: int) -> dict[str, Any]:
     values = {
         name: value for name, value in values.items() if name not in dropped and not name.startswith(_POSITION_PREFIXES)
     }
-    if layer.num_moe_experts is None:
-        values = {name: value for name, value in values.items() if not name.startswith(_EXPERTS_ONLY)}
     values["add_qkv_bias"] = values.pop("add_bias_linear") or layer.add_qkv_bias
+    values["latent_layernorm_epsilon"] = layer.latent_layernorm_epsilon or layer.layernorm_epsilon
+    values["latent_temperature"] = yarn_mscale(layer.yarn_rotary_scaling_factor, layer.yarn_mscale_all_dim or 0.0)
+    values["moe_router_group_score_topk"] = layer.group_score_topk
     values["softmax_scale"] = layer.softmax_scale or (layer.kv_channels or 1) ** -0.5
     for name in _NOT_LATENT if layer.multi_latent_attention else _LATENT_ONLY:
         values.pop(name, None)
+    if layer.num_moe_experts is None:
+        values = {name: value for name, value in values.items() if not name.startswith(_EXPERTS_ONLY)}
     left = -1 if layer.window_size is None else layer.window_size[0]
     values["window_size"] = None if left < 0 else (left, 0)
     positions = position_key(layer)

@@ -116,17 +116,15 @@ def _read_longrope(values: dict[str, Any], longest: int) -> dict[str, Any]:
 
 
 def _read_yarn(values: dict[str, Any], longest: int) -> dict[str, Any]:
-    # There an mscale of 0 counts as missing, and one of the two without the other has no effect.
-    mscale, mscale_all_dim = _optional(values, "mscale"), _optional(values, "mscale_all_dim")
-    both = bool(mscale and mscale_all_dim)
     return {
         "position_embedding_type": "yarn",
         "yarn_rotary_scaling_factor": _factor(values, longest),
         "yarn_original_max_position_embeddings": _original(values),
         "yarn_beta_fast": _optional(values, "beta_fast") or 32.0,
         "yarn_beta_slow": _optional(values, "beta_slow") or 1.0,
-        "yarn_mscale": mscale if both else None,
-        "yarn_mscale_all_dim": mscale_all_dim if both else None,
+        # There an mscale of 0 counts as missing.
+        "yarn_mscale": _optional(values, "mscale") or None,
+        "yarn_mscale_all_dim": _optional(values, "mscale_all_dim") or None,
         "yarn_correction_range_round_to_int": bool(values.pop("truncate", True)),
         "rope_attention_factor": _optional(values, "attention_factor"),
     }
@@ -192,11 +190,13 @@ def _write_scaling(config: TransformerConfig) -> dict[str, Any]:
 def _write_concentration(config: TransformerConfig) -> dict[str, float]:
     rotary = rotary_embedding(config)
     assert isinstance(rotary, YarnRotaryEmbedding)
-    if config.rope_attention_factor is None and config.yarn_mscale and config.yarn_mscale_all_dim:
-        return {"mscale": config.yarn_mscale, "mscale_all_dim": config.yarn_mscale_all_dim}
-    if config.rope_attention_factor is None and rotary.concentration == yarn_mscale(rotary.scaling_factor, 1.0):
-        return {}  # the value that it has anyway
-    return {"attention_factor": rotary.concentration}
+    given = {"mscale": config.yarn_mscale, "mscale_all_dim": config.yarn_mscale_all_dim}
+    written = {name: value for name, value in given.items() if value}
+    # One of the two alone says nothing about the concentration there, which then has the value of neither.
+    said = len(written) == 2 or rotary.concentration == yarn_mscale(rotary.scaling_factor, 1.0)
+    if config.rope_attention_factor is None and said:
+        return written
+    return written | {"attention_factor": rotary.concentration}
 
 
 def position_key(config: TransformerConfig) -> tuple[Any, ...]:

@@ -156,8 +156,16 @@ def _require_expressible(config: TransformerConfig) -> None:
         "add_attention_proj_bias": (config.add_bias_linear,),
         "add_mlp_bias": (config.add_bias_linear,),
         "rope_scaling_type": ("none", "llama3"),
+        "moe_router_group_score_topk": (None, config.moe_router_topk // (config.moe_router_group_topk or 1)),
+        "moe_router_norm_topk_prob": (True,),
         "rope_attention_factor": (None, 1.0) if config.position_embedding_type == "rope" else (None,),
     }
+    if config.multi_latent_attention:
+        wanted |= {
+            "add_qkv_bias": (False,),
+            "qk_pos_emb_interleaved": (True,),
+            "latent_layernorm_epsilon": (None, config.layernorm_epsilon),
+        }
     if config.rope_scaling_type == "llama3":
         wanted |= {name: (value,) for name, value in llama3.items()}
     for name, values in wanted.items():

@@ -8,7 +8,11 @@ from megajax.config import ConfigError, MoEConfig, to_tuple
 
 Fields = Mapping[str, Any]
 
-MOE_FIELDS = tuple(MoEConfig.__dataclass_fields__)
+MOE_FIELDS = tuple(
+    name
+    for name in MoEConfig.__dataclass_fields__
+    if name not in ("moe_router_group_score_topk", "moe_router_norm_topk_prob")
+)
 """Names that both have."""
 
 LATENT_DEFAULTS: Mapping[str, Any] = {

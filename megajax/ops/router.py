@@ -19,15 +19,18 @@ Array = jax.Array
 class Routing:
     """The rule.
 
-    score: sigmoid of each logit, made to sum to 1 over the chosen; or softmax, over the chosen experts ("softmax") or,
-      before the choice, over all ("pre_softmax"). groups: a token's experts lie in the best `group_top_k` of so many
-      groups, a group being as good as the sum of its best `top_k // group_top_k`.
+    score: sigmoid of each logit; or softmax, over the chosen experts ("softmax") or, before the choice, over all
+      ("pre_softmax"). normalize: sigmoids are made to sum to 1 over the chosen.
+    groups: a token's experts lie in the best `group_top_k` of so many groups, a group being as good as the sum of its
+      best `group_score_top_k`.
     """
 
     top_k: int
     score: Literal["softmax", "pre_softmax", "sigmoid"] = "softmax"
     groups: int | None = None
     group_top_k: int | None = None
+    group_score_top_k: int = 1
+    normalize: bool = True
     scaling_factor: float | None = None
 
 
@@ -40,7 +43,7 @@ def route(logits_TE: Array, rule: Routing, bias_E: Array | None = None) -> tuple
         scores = jax.nn.sigmoid(logits_TE)
         chosen = _choose(scores if bias_E is None else scores + bias_E, rule)
         weights = jnp.take_along_axis(scores, chosen, -1)
-        if rule.top_k > 1:
+        if rule.top_k > 1 and rule.normalize:
             weights /= jnp.sum(weights, -1, keepdims=True) + 1e-20
     else:
         scores = jax.nn.softmax(logits_TE, -1) if rule.score == "pre_softmax" else logits_TE
@@ -55,7 +58,7 @@ def _choose(scores_TE: Array, rule: Routing) -> Array:
     scores_TE = jax.lax.stop_gradient(scores_TE)
     if rule.groups is not None and rule.group_top_k is not None:
         by_group = scores_TE.reshape(*scores_TE.shape[:-1], rule.groups, -1)
-        best, _ = jax.lax.top_k(by_group, rule.top_k // rule.group_top_k)
+        best, _ = jax.lax.top_k(by_group, rule.group_score_top_k)
         _, kept = jax.lax.top_k(jnp.sum(best, -1), rule.group_top_k)
         keep = jnp.any(jax.nn.one_hot(kept, rule.groups, dtype=bool), axis=-2)
         scores_TE = jnp.where(keep[..., None], by_group, -jnp.inf).reshape(scores_TE.shape)

@@ -45,6 +45,8 @@ def routing(config: TransformerConfig) -> Routing:
         score="pre_softmax" if score == "softmax" and config.moe_router_pre_softmax else score,
         groups=config.moe_router_num_groups,
         group_top_k=config.moe_router_group_topk,
+        group_score_top_k=config.group_score_topk or 1,
+        normalize=config.moe_router_norm_topk_prob,
         scaling_factor=config.moe_router_topk_scaling_factor,
     )
 

@@ -47,7 +47,7 @@ class MultiLatentAttention(nn.Module):
     """x [B, S, D] -> [B, S, D]. Megatron: `MLASelfAttention` in `transformer/multi_latent_attention.py`.
 
     A query head is [H without position | P rotated]; a key head is its own H features and the P that all heads share.
-    The rotated features stand in pairs, as in DeepSeek's weights.
+    `add_qkv_bias` gives biases to the projections down to the latents alone.
     """
 
     config: TransformerConfig
@@ -67,16 +67,15 @@ class MultiLatentAttention(nn.Module):
         cfg, sub = self.config, self.submodules
         N, H, P, V = cfg.num_attention_heads, cfg.qk_head_dim, cfg.qk_pos_emb_head_dim, cfg.v_head_dim
         q_BSNK = self._queries(x_BSD)
-        q_BSNK = jnp.concatenate([q_BSNK[..., :H], _rotated(q_BSNK[..., H:], rotary)], axis=-1)
+        q_BSNK = jnp.concatenate([q_BSNK[..., :H], self._rotated(q_BSNK[..., H:], rotary)], axis=-1)
 
-        down_BSE = self._linear(sub.linear_kv_down_proj, "linear_kv_down_proj", cfg.kv_lora_rank + P, "whole", x_BSD)
+        down_BSE = self._down(sub.linear_kv_down_proj, "linear_kv_down_proj", cfg.kv_lora_rank + P, x_BSD)
         latent_BTC, key_BTP = jnp.split(down_BSE, [cfg.kv_lora_rank], axis=-1)
-        key_BTP = _rotated(key_BTP[:, :, None], rotary)[:, :, 0]
-        if sub.kv_layernorm is not None:
-            latent_BTC = sub.kv_layernorm(config=cfg, axis="head_dim", name="kv_layernorm")(latent_BTC)
+        key_BTP = self._rotated(key_BTP[:, :, None], rotary)[:, :, 0]
+        latent_BTC = self._norm(sub.kv_layernorm, "kv_layernorm", latent_BTC)
         if decode:
             latent_BTC, key_BTP = self._cached(latent_BTC, key_BTP, mask.start)
-        up_BTE = self._linear(sub.linear_kv_up_proj, "linear_kv_up_proj", N * (H + V), "heads", latent_BTC)
+        up_BTE = self._up(sub.linear_kv_up_proj, "linear_kv_up_proj", N * (H + V), latent_BTC)
         k_BTNH, v_BTNV = jnp.split(_heads(up_BTE, N), [H], axis=-1)
         shared_BTNP = jnp.broadcast_to(key_BTP[:, :, None], (*k_BTNH.shape[:3], P))
         k_BTNK = jnp.concatenate([k_BTNH, shared_BTNP], axis=-1)
@@ -101,18 +100,39 @@ class MultiLatentAttention(nn.Module):
         scale = temperature / math.sqrt(cfg.qk_head_dim + cfg.qk_pos_emb_head_dim)
         return dataclasses.replace(cfg, softmax_scale=scale, num_query_groups=cfg.num_attention_heads)
 
-    def _linear(self, build: Builder, name: str, features: int, axis: str, x: Array) -> Array:
-        return build(config=self.config, features=features, axis=axis, use_bias=False, name=name)(x)
+    def _up(self, build: Builder, name: str, features: int, x: Array) -> Array:
+        """To heads, from a latent or from x itself."""
+        return build(config=self.config, features=features, axis="heads", use_bias=False, name=name)(x)
+
+    def _down(self, build: Builder, name: str, features: int, x_BSD: Array) -> Array:
+        """To a latent."""
+        bias = self.config.add_qkv_bias
+        return build(config=self.config, features=features, axis="whole", use_bias=bias, name=name)(x_BSD)
+
+    def _norm(self, build: Builder | None, name: str, latent: Array) -> Array:
+        if build is None:
+            return latent
+        cfg = self.config
+        if cfg.latent_layernorm_epsilon is not None:
+            cfg = dataclasses.replace(cfg, layernorm_epsilon=cfg.latent_layernorm_epsilon)
+        return build(config=cfg, axis="head_dim", name=name)(latent)
+
+    def _rotated(self, x_BSNP: Array, rotary: Rotary | None) -> Array:
+        """x rotated. Pairs that stood side by side are then half the width apart, which a product does not see."""
+        if rotary is None:
+            return x_BSNP
+        if self.config.qk_pos_emb_interleaved:
+            x_BSNP = x_BSNP.reshape(*x_BSNP.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x_BSNP.shape)
+        return apply_rotary(x_BSNP, rotary)
 
     def _queries(self, x_BSD: Array) -> Array:
         cfg, sub, N = self.config, self.submodules, self.config.num_attention_heads
         features = N * (cfg.qk_head_dim + cfg.qk_pos_emb_head_dim)
         if cfg.q_lora_rank is None:
-            return _heads(self._linear(sub.linear_q_proj, "linear_q_proj", features, "heads", x_BSD), N)
-        latent_BSC = self._linear(sub.linear_q_down_proj, "linear_q_down_proj", cfg.q_lora_rank, "whole", x_BSD)
-        if sub.q_layernorm is not None:
-            latent_BSC = sub.q_layernorm(config=cfg, axis="head_dim", name="q_layernorm")(latent_BSC)
-        return _heads(self._linear(sub.linear_q_up_proj, "linear_q_up_proj", features, "heads", latent_BSC), N)
+            return _heads(self._up(sub.linear_q_proj, "linear_q_proj", features, x_BSD), N)
+        latent_BSC = self._down(sub.linear_q_down_proj, "linear_q_down_proj", cfg.q_lora_rank, x_BSD)
+        latent_BSC = self._norm(sub.q_layernorm, "q_layernorm", latent_BSC)
+        return _heads(self._up(sub.linear_q_up_proj, "linear_q_up_proj", features, latent_BSC), N)
 
     def _cached(self, latent: Array, key: Array, offset: Array | int) -> tuple[Array, Array]:
         cache = self.variable("cache", "latent", lambda: LatentCache(jnp.zeros_like(latent), jnp.zeros_like(key)))
@@ -127,14 +147,6 @@ class MultiLatentAttention(nn.Module):
 
 def _heads(x_BSE: Array, heads: int) -> Array:
     return constrain(x_BSE.reshape(*x_BSE.shape[:2], heads, -1), "batch", "seq", "act_heads", None)
-
-
-def _rotated(x_BSNP: Array, rotary: Rotary | None) -> Array:
-    """x rotated. Its pairs stand side by side; afterwards half the width apart, which a product of two does not see."""
-    if rotary is None:
-        return x_BSNP
-    apart = x_BSNP.reshape(*x_BSNP.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x_BSNP.shape)
-    return apply_rotary(apart, rotary)
 
 
 def _widened(x: Array, width: int) -> Array:

@@ -5,19 +5,23 @@
 
 Run by hand where torch and transformers are installed; last made with transformers 5.23 and torch 2.13 on a CPU. Each
 folder is what `save_pretrained` wrote, with config.json edited where a case is about how older versions spelled it, and
-expected.npz: input_ids int32 [2, 40] and logits fp32 (hidden states for models without a head). The weights are large
+expected.npz: input_ids int32 [2, 40] and logits fp32 (hidden states for models without a head). Where a case is a model
+of its own, also loss and, for each tensor of the file, the norm of its gradient and its product with sin(0.7 i + 0.3).
+The weights are large
 (1/sqrt(fan in), norms 1 +- 0.2, biases +- 0.2) and the rotary base small, so that every option moves the logits; the
 change that each case's option makes is printed. The folders hf_gpt2, hf_llama, hf_llama3_rope and hf_qwen3 beside it
 were made in the same way, with the same versions, and hold gradients, padded and packed inputs and greedy decoding.
 """
 
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
 import pathlib
 import shutil
 import sys
 
 import numpy as np
+import safetensors.numpy
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
@@ -51,6 +55,17 @@ def rope(kind: str, theta: float = 100.0, **options) -> dict:
 
 LONGROPE: dict = {"short_factor": [1.0, 1.5, 2.5, 4.0], "long_factor": [1.2, 2.5, 4.0, 8.0]}
 SMALLER_HEAD = {"head_dim": 8}
+LATENT = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
 # case: (class, config arguments, changes that must matter, old spelling or other edits of config.json)
 CASES: dict[str, tuple] = {
     "llama_linear": ("LlamaForCausalLM", SMALLER_HEAD | rope("linear", factor=4.0), rope("default")),
@@ -158,6 +173,27 @@ CASES: dict[str, tuple] = {
         | rope("yarn", factor=8.0, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=1.0),
         rope("default"),
     ),
+    "deepseek_v2_groups": (
+        "DeepseekV2ForCausalLM",
+        LATENT
+        | {"num_experts_per_tok": 4, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 3}
+        | {"q_lora_rank": 9, "attention_bias": True, "routed_scaling_factor": 4.0, "rms_norm_eps": 1e-2}
+        | rope("yarn", factor=8.0, original_max_position_embeddings=8, mscale=0.707, mscale_all_dim=0.707),
+        {"topk_group": 4},
+    ),
+    "deepseek_v2_lite": (
+        "DeepseekV2ForCausalLM",
+        LATENT | {"num_experts_per_tok": 3, "q_lora_rank": None, "tie_word_embeddings": True} | rope("default"),
+        {"routed_scaling_factor": 2.0},
+    ),
+    "deepseek_v3_halves": (
+        "DeepseekV3ForCausalLM",
+        LATENT
+        | {"num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "q_lora_rank": 9, "rope_interleave": False}
+        | {"norm_topk_prob": False, "attention_bias": True, "rms_norm_eps": 1e-2}
+        | rope("yarn", factor=8.0, original_max_position_embeddings=8, mscale_all_dim=0.707),
+        {"rope_interleave": True},
+    ),
     "qwen2_window": (
         "Qwen2ForCausalLM",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3}
@@ -218,6 +254,7 @@ CASES: dict[str, tuple] = {
     "gpt2_base": ("GPT2Model", {}, {"scale_attn_weights": False}),
 }
 SHARDED = ("mistral_window",)
+WITH_GRADIENTS = {"deepseek_v2_groups", "deepseek_v2_lite", "deepseek_v3_halves"}
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -247,6 +284,24 @@ def run(folder: pathlib.Path, ids: np.ndarray, changes: dict | None = None) -> n
         return model.eval()(torch.from_numpy(ids).long())[0].numpy()
 
 
+def gradients(model: torch.nn.Module, ids: np.ndarray, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Loss, and two numbers of each tensor's gradient, by the names that the tensors have in the file."""
+    tokens = torch.from_numpy(ids).long()
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    copy_of = copy.deepcopy(model)
+    with torch.no_grad():
+        for target, source in zip(copy_of.parameters(), model.parameters(), strict=True):
+            target.copy_(torch.zeros_like(source) if source.grad is None else source.grad)
+    copy_of.save_pretrained(folder / "gradients")
+    tensors = safetensors.numpy.load_file(folder / "gradients" / "model.safetensors")
+    shutil.rmtree(folder / "gradients")
+    names = sorted(name for name in tensors if "e_score" not in name)  # a buffer
+    flat = [tensors[name].astype(np.float64).ravel() for name in names]
+    stats = [[np.linalg.norm(g), g @ np.sin(0.7 * np.arange(g.size) + 0.3)] for g in flat]
+    return {"loss": loss.detach().numpy(), "gradient_names": np.array(names), "gradients": np.array(stats)}
+
+
 def make(case: str) -> None:
     name, options, changes, *edits = CASES[case]
     arguments = (GPT2 if "GPT2" in name else SMALL) | {"resid_pdrop": 0.0} | options
@@ -255,6 +310,7 @@ def make(case: str) -> None:
     randomise(model)
     folder = FOLDER / case
     shutil.rmtree(folder, ignore_errors=True)
+    model.eval().set_attn_implementation("eager")
     model.save_pretrained(folder, max_shard_size="8KB" if case in SHARDED else "5GB")
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -266,7 +322,8 @@ def make(case: str) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
     ids = np.random.default_rng(5).integers(0, 32, (2, 40)).astype(np.int32)
     logits = run(folder, ids)
-    np.savez_compressed(folder / "expected.npz", input_ids=ids, logits=logits)
+    more = gradients(model, ids, folder) if case in WITH_GRADIENTS else {}
+    np.savez_compressed(folder / "expected.npz", input_ids=ids, logits=logits, **more)
     moved = np.abs(run(folder, ids, changes) - logits).max()
     print(f"{case}: logits up to {np.abs(logits).max():.2f}, moved by {moved:.3f}")
     assert moved > 1e-3, "the option of this case does not matter"  # a hundred times the tolerance

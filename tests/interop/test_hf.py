@@ -88,6 +88,26 @@ def test_loss_and_gradients(case, tmp_path):
         assert np.all(np.abs(np.subtract(measured, (norm, total, largest, projection))) <= slack), name
 
 
+@pytest.mark.parametrize("case", [case for case in OPTIONS if "loss" in np.load(GOLDEN / case / "expected.npz").files])
+def test_loss_and_gradients_of_options(case, tmp_path):
+    pretrained, expected = loaded(case), arrays(case, "expected.npz")
+    tokens = expected["input_ids"]
+
+    def mean_loss(params):
+        losses = pretrained.model.apply({"params": params}, tokens, labels=np.roll(tokens, -1, axis=1))
+        return jnp.mean(losses[:, :-1])
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(pretrained.params)
+    np.testing.assert_allclose(loss, expected["loss"], atol=1e-5)
+    hf.save(pretrained._replace(params=grads), tmp_path)
+    ours = load_file(tmp_path / "model.safetensors")
+    assert set(expected["gradient_names"]) == {name for name in ours if "e_score_correction_bias" not in name}
+    for name, (norm, projection) in zip(expected["gradient_names"], expected["gradients"], strict=True):
+        gradient = ours[name].astype(np.float64).ravel()
+        measured = np.linalg.norm(gradient), gradient @ np.sin(0.7 * np.arange(gradient.size) + 0.3)
+        np.testing.assert_allclose(measured, (norm, projection), rtol=0, atol=1e-4 * norm + 1e-8, err_msg=name)
+
+
 @pytest.mark.parametrize("case", ORACLES)
 def test_cached_decoding(case):
     pretrained, run = loaded(case), arrays(case, "generate.npz")

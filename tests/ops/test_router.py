@@ -30,6 +30,7 @@ def _rule(settings: dict[str, Any]) -> Routing:
         score="pre_softmax" if settings.get("use_pre_softmax") else score,
         groups=settings.get("num_groups"),
         group_top_k=settings.get("group_topk"),
+        group_score_top_k=settings["topk"] // settings.get("group_topk", 1),
         scaling_factor=settings.get("scaling_factor"),
     )
 

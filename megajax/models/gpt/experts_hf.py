@@ -1,4 +1,4 @@
-"""GPTs with experts in Hugging Face's format: Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3, gpt-oss."""
+"""GPTs with experts in Hugging Face's format: Mixtral, Qwen2-MoE, Qwen3-MoE, gpt-oss."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -16,14 +16,14 @@ from megajax.interop.hf_fields import Fields, positive_integer
 from megajax.models.gpt.gpt_model import GPTModel
 from megajax.models.gpt.llama_hf import DEFAULTS, LAYER_ROWS, ROWS, Dialect, linear, windowed_layers, write_windows
 
-_RMS_GATED: Mapping[str, Any] = {"normalization": "RMSNorm", "gated_linear_unit": True}
+RMS_GATED: Mapping[str, Any] = {"normalization": "RMSNorm", "gated_linear_unit": True}
 
 
 def _expert(name: str, part: str) -> Row:
     return Row(f"layers.{{i}}.{name}.weight", (f"mlp/experts/{part}/kernel",), transposed=True)
 
 
-def _experts_plan(
+def experts_plan(
     rows: tuple[Row, ...],
     architecture: Architecture,
     config: TransformerConfig,
@@ -42,7 +42,9 @@ def _experts_plan(
     return plan
 
 
-def _reader(dialect: Dialect, more: Callable[[Fields, dict[str, Any]], dict[str, Any]]) -> Callable[[Fields], Any]:
+def reader(dialect: Dialect, more: Callable[[Fields, dict[str, Any]], dict[str, Any]]) -> Callable[[Fields], Any]:
+    """What a dialect reads, and `more`: (fields, those arguments) -> further ones."""
+
     def read(fields: Fields) -> dict[str, Any]:
         arguments = dialect.read(fields)
         return arguments | more(fields, arguments)
@@ -50,7 +52,8 @@ def _reader(dialect: Dialect, more: Callable[[Fields, dict[str, Any]], dict[str,
     return read
 
 
-def _writer(dialect: Dialect, more: Callable[[TransformerConfig], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+def writer(dialect: Dialect, more: Callable[[TransformerConfig], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """The inverse of `reader`."""
     return lambda config: dialect.write(config) | more(config)
 
 
@@ -95,7 +98,7 @@ def _write_window(config: TransformerConfig) -> dict[str, Any]:
 
 
 _ROUTER_DEFAULTS = {"router_aux_loss_coef": 0.001, "output_router_logits": False}
-_MIXTRAL = Dialect(_RMS_GATED, read_layers=_read_window, write_layers=_write_window)
+_MIXTRAL = Dialect(RMS_GATED, read_layers=_read_window, write_layers=_write_window)
 MIXTRAL = Architecture(
     name="MixtralForCausalLM",
     base="MixtralModel",
@@ -112,8 +115,8 @@ MIXTRAL = Architecture(
         "num_experts_per_tok": 2,
         "router_jitter_noise": 0.0,
     },
-    read=_reader(_MIXTRAL, _read_mixtral),
-    write=_writer(_MIXTRAL, _write_mixtral),
+    read=reader(_MIXTRAL, _read_mixtral),
+    write=writer(_MIXTRAL, _write_mixtral),
     prefix="model.",
     build=GPTModel,
     rows=ROWS,
@@ -122,7 +125,7 @@ MIXTRAL = Architecture(
         Row("layers.{i}.block_sparse_moe.gate.weight", ("mlp/router/kernel",), transposed=True),
     ),
     plan=partial(
-        _experts_plan,
+        experts_plan,
         tuple(
             _expert(f"block_sparse_moe.experts.{{e}}.{name}", part)
             for name, part in (("w1", "linear_gate"), ("w3", "linear_fc1"), ("w2", "linear_fc2"))
@@ -132,13 +135,13 @@ MIXTRAL = Architecture(
 
 # Qwen2-MoE, Qwen3-MoE
 
-_MLP_NAMES = (("gate_proj", "linear_gate"), ("up_proj", "linear_fc1"), ("down_proj", "linear_fc2"))
-_EXPERT_ROWS = tuple(_expert(f"mlp.experts.{{e}}.{name}", part) for name, part in _MLP_NAMES)
+MLP_NAMES = (("gate_proj", "linear_gate"), ("up_proj", "linear_fc1"), ("down_proj", "linear_fc2"))
+EXPERT_ROWS = tuple(_expert(f"mlp.experts.{{e}}.{name}", part) for name, part in MLP_NAMES)
 
 
-def _shared(name: str) -> tuple[Row, ...]:
+def shared_rows(name: str) -> tuple[Row, ...]:
     """The tensors of the shared experts, which the file calls `name`."""
-    return tuple(row for file, part in _MLP_NAMES for row in linear(f"{name}.{file}", f"mlp/shared_experts/{part}"))
+    return tuple(row for file, part in MLP_NAMES for row in linear(f"{name}.{file}", f"mlp/shared_experts/{part}"))
 
 
 def _read_qwen(fields: Fields, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -208,14 +211,14 @@ _QWEN_DEFAULTS = (
         "norm_topk_prob": False,
     }
 )
-_QWEN_ROWS = (*LAYER_ROWS, Row("layers.{i}.mlp.gate.weight", ("mlp/router/kernel",), transposed=True))
+QWEN_ROWS = (*LAYER_ROWS, Row("layers.{i}.mlp.gate.weight", ("mlp/router/kernel",), transposed=True))
 _QWEN2 = Dialect(
-    _RMS_GATED | {"add_qkv_bias": True, "add_attention_proj_bias": False},
+    RMS_GATED | {"add_qkv_bias": True, "add_attention_proj_bias": False},
     read_layers=_read_qwen_windows,
     write_layers=_write_qwen_windows,
 )
 _QWEN3 = Dialect(
-    _RMS_GATED | {"qk_layernorm": True},
+    RMS_GATED | {"qk_layernorm": True},
     attention_bias=True,
     read_layers=_read_qwen_windows,
     write_layers=_write_qwen_windows,
@@ -227,153 +230,30 @@ QWEN2_MOE = Architecture(
     defaults=_QWEN_DEFAULTS
     | {"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632}
     | {"qkv_bias": True},
-    read=_reader(_QWEN2, _read_qwen2),
-    write=_writer(_QWEN2, _write_qwen2),
+    read=reader(_QWEN2, _read_qwen2),
+    write=writer(_QWEN2, _write_qwen2),
     prefix="model.",
     build=GPTModel,
     rows=ROWS,
     layer_rows=(
-        *_QWEN_ROWS,
-        *(
-            row
-            for name, part in _MLP_NAMES
-            for row in linear(f"mlp.shared_expert.{name}", f"mlp/shared_experts/{part}")
-        ),
+        *QWEN_ROWS,
+        *shared_rows("mlp.shared_expert"),
         Row("layers.{i}.mlp.shared_expert_gate.weight", ("mlp/shared_expert_gate/kernel",), transposed=True),
     ),
-    plan=partial(_experts_plan, _EXPERT_ROWS),
+    plan=partial(experts_plan, EXPERT_ROWS),
 )
 QWEN3_MOE = Architecture(
     name="Qwen3MoeForCausalLM",
     base="Qwen3MoeModel",
     model_type="qwen3_moe",
     defaults=_QWEN_DEFAULTS | {"num_experts": 128, "num_experts_per_tok": 8, "attention_bias": False},
-    read=_reader(_QWEN3, _read_qwen),
-    write=_writer(_QWEN3, _write_qwen),
+    read=reader(_QWEN3, _read_qwen),
+    write=writer(_QWEN3, _write_qwen),
     prefix="model.",
     build=GPTModel,
     rows=ROWS,
-    layer_rows=_QWEN_ROWS,
-    plan=partial(_experts_plan, _EXPERT_ROWS),
-)
-
-# DeepSeek-V3
-
-
-def _read_deepseek(fields: Fields, arguments: dict[str, Any]) -> dict[str, Any]:
-    layers, dense = arguments["num_layers"], int(fields.take("first_k_dense_replace"))
-    width, top_k = fields.size("moe_intermediate_size"), fields.size("num_experts_per_tok")
-    groups, chosen = fields.size("n_group"), fields.size("topk_group")
-    if groups > 1 and top_k // chosen != 2:
-        raise ConfigError(
-            f"config.json: topk_group={chosen} with num_experts_per_tok={top_k} is not supported: a group is rated by"
-            " its best two experts, here by the best num_experts_per_tok / topk_group"
-        )
-    for name, only in (("norm_topk_prob", True), ("rope_interleave", True), ("moe_layer_freq", 1)):
-        if fields.take(name) != only:
-            raise ConfigError(f"config.json: {name} must be {only!r}; other values are not supported")
-    # Said twice, about training, or about modules that transformers leaves out, too.
-    for name in ("num_nextn_predict_layers", "qk_head_dim", "scoring_func", "topk_method", "ep_size", "aux_loss_alpha"):
-        fields.optional(name)
-    fields.optional("seq_aux")
-    rank = fields.take("q_lora_rank")
-    return {
-        "multi_latent_attention": True,
-        "qk_layernorm": True,
-        "kv_channels": None,
-        "num_query_groups": None,
-        "q_lora_rank": rank,
-        "kv_lora_rank": fields.size("kv_lora_rank"),
-        "qk_head_dim": fields.size("qk_nope_head_dim"),
-        "qk_pos_emb_head_dim": fields.size("qk_rope_head_dim"),
-        "v_head_dim": fields.size("v_head_dim"),
-        "num_moe_experts": fields.size("n_routed_experts"),
-        "moe_layer_freq": tuple(int(i >= dense) for i in range(layers)),
-        "moe_router_topk": top_k,
-        "moe_ffn_hidden_size": width,
-        "moe_shared_expert_intermediate_size": width * fields.size("n_shared_experts"),
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "moe_router_num_groups": groups if groups > 1 else None,
-        "moe_router_group_topk": chosen if groups > 1 else None,
-        "moe_router_topk_scaling_factor": fields.number("routed_scaling_factor"),
-        # Without one of the two, the temperature is in the rotary embedding alone.
-        "yarn_mscale_all_dim": arguments.get("yarn_mscale_all_dim") or 0.0,
-        "yarn_mscale": arguments.get("yarn_mscale") or 1.0,
-    }
-
-
-def _write_deepseek(config: TransformerConfig) -> dict[str, Any]:
-    shared, width = config.moe_shared_expert_intermediate_size or 0, config.moe_ffn_hidden_size or 1
-    dense = next((i for i in range(config.num_layers) if config.is_moe_layer(i)), config.num_layers)
-    return {
-        "head_dim": config.qk_pos_emb_head_dim,
-        "num_key_value_heads": config.num_attention_heads,
-        "q_lora_rank": config.q_lora_rank,
-        "kv_lora_rank": config.kv_lora_rank,
-        "qk_nope_head_dim": config.qk_head_dim,
-        "qk_rope_head_dim": config.qk_pos_emb_head_dim,
-        "qk_head_dim": config.qk_head_dim + config.qk_pos_emb_head_dim,
-        "v_head_dim": config.v_head_dim,
-        "rope_interleave": True,
-        "n_routed_experts": config.num_moe_experts,
-        "num_experts_per_tok": config.moe_router_topk,
-        "moe_intermediate_size": width,
-        "n_shared_experts": shared // width,
-        "first_k_dense_replace": dense,
-        "n_group": config.moe_router_num_groups or 1,
-        "topk_group": config.moe_router_group_topk or 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": config.moe_router_topk_scaling_factor or 1.0,
-    }
-
-
-_DEEPSEEK = Dialect(_RMS_GATED, attention_bias=True)
-DEEPSEEK_V3 = Architecture(
-    name="DeepseekV3ForCausalLM",
-    base="DeepseekV3Model",
-    model_type="deepseek_v3",
-    defaults=DEFAULTS
-    | {
-        "max_position_embeddings": 4096,
-        "attention_bias": False,
-        "norm_topk_prob": True,
-        "rope_interleave": True,
-        "moe_layer_freq": 1,
-        "n_group": 8,
-        "topk_group": 4,
-        "q_lora_rank": 1536,
-        "first_k_dense_replace": 3,
-        "routed_scaling_factor": 2.5,
-    },
-    read=_reader(_DEEPSEEK, _read_deepseek),
-    write=_writer(_DEEPSEEK, _write_deepseek),
-    prefix="model.",
-    build=GPTModel,
-    rows=ROWS,
-    layer_rows=(
-        *(row for row in _QWEN_ROWS if "_norm." not in row.name),  # which here belong to latents
-        Row("layers.{i}.mlp.gate.e_score_correction_bias", ("mlp/router/expert_bias",)),
-        *(
-            row
-            for name, part in _MLP_NAMES
-            for row in linear(f"mlp.shared_experts.{name}", f"mlp/shared_experts/{part}")
-        ),
-        *(
-            row
-            for name, part in (
-                ("q_proj", "linear_q_proj"),
-                ("q_a_proj", "linear_q_down_proj"),
-                ("q_b_proj", "linear_q_up_proj"),
-                ("kv_a_proj_with_mqa", "linear_kv_down_proj"),
-                ("kv_b_proj", "linear_kv_up_proj"),
-            )
-            for row in linear(f"self_attn.{name}", f"self_attention/{part}")
-        ),
-        Row("layers.{i}.self_attn.q_a_layernorm.weight", ("self_attention/q_layernorm/scale",)),
-        Row("layers.{i}.self_attn.kv_a_layernorm.weight", ("self_attention/kv_layernorm/scale",)),
-    ),
-    plan=partial(_experts_plan, _EXPERT_ROWS),
+    layer_rows=QWEN_ROWS,
+    plan=partial(experts_plan, EXPERT_ROWS),
 )
 
 # gpt-oss
@@ -452,7 +332,7 @@ def _gpt_oss_plan(
 
 
 _GPT_OSS = Dialect(
-    _RMS_GATED | {"add_bias_linear": True},
+    RMS_GATED | {"add_bias_linear": True},
     attention_bias=False,
     read_layers=_read_alternating,
     write_layers=_write_alternating,
@@ -475,8 +355,8 @@ GPT_OSS = Architecture(
         "max_position_embeddings": 131072,
         "num_experts_per_tok": 4,
     },
-    read=_reader(_GPT_OSS, _read_gpt_oss),
-    write=_writer(_GPT_OSS, _write_gpt_oss),
+    read=reader(_GPT_OSS, _read_gpt_oss),
+    write=writer(_GPT_OSS, _write_gpt_oss),
     prefix="model.",
     build=GPTModel,
     rows=ROWS,
@@ -488,4 +368,4 @@ GPT_OSS = Architecture(
     plan=_gpt_oss_plan,
 )
 
-EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V3, GPT_OSS)
+EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS)
