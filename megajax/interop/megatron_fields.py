@@ -156,7 +156,7 @@ FIELDS: Mapping[str, Rule] = {
         """
         num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size softmax_scale
         softmax_type hidden_dropout attention_dropout fp32_residual_connection layernorm_epsilon
-        layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit glu_linear_offset
+        layernorm_zero_centered_gamma add_bias_linear gated_linear_unit glu_linear_offset
         rotary_interleaved normalization qk_layernorm qk_l2_norm attention_output_gate no_rope_freq init_method_std
         embedding_init_method_std apply_query_key_layer_scaling attention_softmax_in_fp32 fp16 bf16
         yarn_rotary_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_mscale
@@ -164,6 +164,8 @@ FIELDS: Mapping[str, Rule] = {
         """,
         _same,
     ),
+    # Multi-latent attention does not read it.
+    "add_qkv_bias": Mapped(lambda value, fields: {"add_qkv_bias": value and not fields.get("multi_latent_attention")}),
     "params_dtype": Mapped(_dtype),
     "activation_func": Mapped(_activation),
     "activation_func_clamp_value": Mapped(_clamp),

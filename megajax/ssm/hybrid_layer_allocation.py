@@ -10,9 +10,15 @@ from collections.abc import Mapping
 
 from megajax.config_checks import ConfigError, require
 
-MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
-KINDS: Mapping[str, str] = {MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "mixture of experts"}
-"""Symbols of a pattern, each one layer."""
+MAMBA, ATTENTION, MLP, MOE, SHARED = "M", "*", "-", "E", "S"
+KINDS: Mapping[str, str] = {
+    MAMBA: "Mamba-2",
+    ATTENTION: "attention",
+    MLP: "MLP",
+    MOE: "mixture of experts",
+    SHARED: "Mamba-2 after a transformer block that layers share",
+}
+"""Symbols of a pattern, each one layer. All but `SHARED`, which is Zamba2's, are Megatron's."""
 
 _ELSEWHERE = {
     "|": "divides layers over pipeline stages, which is what pipeline_model_parallel_layout is for",

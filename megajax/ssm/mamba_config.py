@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from megajax.config import PositionEmbedding, TransformerConfig
 from megajax.config_checks import require, require_divides, require_positive
-from megajax.ssm.hybrid_layer_allocation import ATTENTION, MAMBA, MLP, MOE, allocate_layers
+from megajax.ssm.hybrid_layer_allocation import ATTENTION, MAMBA, MLP, MOE, SHARED, allocate_layers
 
 _NO_ATTENTION: dict[str, Any] = {
     "num_attention_heads": 1,
@@ -54,7 +54,8 @@ class MambaConfig(TransformerConfig):
 
     # Which layer is what
     hybrid_override_pattern: str | None = None
-    """One symbol a layer: M Mamba-2, * attention, - MLP, E experts. None: by the two ratios, all M if they are 0."""
+    """One symbol a layer: M Mamba-2, * attention, - MLP, E experts, S Mamba-2 after a shared transformer block. None:
+    by the two ratios, all M if they are 0."""
     hybrid_attention_ratio: float = 0.0
     hybrid_mlp_ratio: float = 0.0
 
@@ -82,6 +83,14 @@ class MambaConfig(TransformerConfig):
     mamba_dt_clamp_max: float | None = None
     """Least and greatest step size."""
 
+    # Layers S (arXiv:2411.15242); the sizes of attention and MLP are those of the shared blocks
+    num_shared_blocks: int = 1
+    """Blocks that the layers S take in turn."""
+    shared_adapter_rank: int | None = None
+    """Width of the adapters that each layer S has of its own."""
+    shared_attention_adapter: bool = False
+    """Queries, keys and values have adapters too, not the MLP alone."""
+
     # Initialisation of the mixer
     mamba_a_init_range: tuple[float, float] = (1.0, 16.0)
     mamba_dt_min: float = 1e-3
@@ -94,6 +103,7 @@ class MambaConfig(TransformerConfig):
         super().__post_init__()
         require_positive(self, "mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads")
         require_positive(self, "mamba_expand", "mamba_d_conv", "mamba_chunk_size", "mamba_conv_init")
+        require_positive(self, "num_shared_blocks", "shared_adapter_rank")
         require_positive(self, "mamba_norm_epsilon", "mamba_dt_min", "mamba_dt_init_floor", "mamba_dt_clamp_max")
         if self.mamba_num_heads is None:
             inner = self.mamba_expand * self.hidden_size
@@ -118,6 +128,10 @@ class MambaConfig(TransformerConfig):
             self.moe_layer_freq == 1,
             f"moe_layer_freq={self.moe_layer_freq} has no effect here: hybrid_override_pattern says which layers have"
             " experts; leave it out",
+        )
+        require(
+            SHARED not in self.layer_pattern or self.shared_adapter_rank is not None,
+            f"hybrid_override_pattern={self.layer_pattern!r} has layers S, which need shared_adapter_rank; set it",
         )
         if self.hybrid_override_pattern is not None:
             self.require_experts_and_their_layers()
@@ -166,11 +180,11 @@ class MambaConfig(TransformerConfig):
         }
         if kind != MOE:
             changes |= {"num_moe_experts": None, "moe_ffn_hidden_size": None}
-        if kind != ATTENTION:
+        if kind not in (ATTENTION, SHARED):
             changes |= _NO_ATTENTION
             learned = self.position_embedding_type == "learned_absolute"
             changes["position_embedding_type"] = "learned_absolute" if learned else "none"
         if kind in (MAMBA, ATTENTION):
             changes |= _NO_MLP
-        assert kind in (MAMBA, ATTENTION, MLP, MOE)
+        assert kind in (MAMBA, ATTENTION, MLP, MOE, SHARED)
         return super(MambaConfig, dataclasses.replace(self, **changes)).for_layer(index)

@@ -28,11 +28,14 @@ def stack_layout(config: TransformerConfig, layer_specs: Sequence[Builder]) -> t
 
 
 class LayerInputs(NamedTuple):
-    """What every layer of a block receives beside the residual stream; see `TransformerLayer`."""
+    """What every layer of a block receives beside the residual stream; see `TransformerLayer`.
+
+    context: what cross-attention reads, [B, T, E]; or whatever else the layers of a model need, any tree of arrays.
+    """
 
     mask: AttentionMask
     rotary: Rotary | None = None
-    context: Array | None = None
+    context: Any = None
     context_mask: AttentionMask | None = None
     aux_weight: Array | None = None
 

@@ -121,9 +121,10 @@ class MultiLatentAttention(nn.Module):
         """x rotated. Pairs that stood side by side are then half the width apart, which a product does not see."""
         if rotary is None:
             return x_BSNP
+        turned, rest = jnp.split(x_BSNP, [rotary.cos.shape[-1]], axis=-1)
         if self.config.qk_pos_emb_interleaved:
-            x_BSNP = x_BSNP.reshape(*x_BSNP.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x_BSNP.shape)
-        return apply_rotary(x_BSNP, rotary)
+            turned = turned.reshape(*turned.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(turned.shape)
+        return jnp.concatenate([apply_rotary(turned, rotary), rest], axis=-1)
 
     def _queries(self, x_BSD: Array) -> Array:
         cfg, sub, N = self.config, self.submodules, self.config.num_attention_heads

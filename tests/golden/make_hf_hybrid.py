@@ -28,9 +28,26 @@ BAMBA = ATTENTION | {
     "mamba_d_state": 6,
     "mamba_chunk_size": 8,
 }
+ZAMBA2 = {
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "intermediate_size": 24,
+    "mamba_d_state": 6,
+    "n_mamba_heads": 4,
+    "chunk_size": 8,
+    "adapter_rank": 5,
+}
+
+
+def _layers(pattern: str) -> dict:
+    kinds = ["hybrid" if symbol == "S" else "linear_attention" for symbol in pattern]
+    return {"num_hidden_layers": len(kinds), "layers_block_type": kinds}
+
+
 NARROW = {"time_step_limit": [0.3, 0.9]}
 # case: (class, config arguments, changes that must matter, edits of config.json)
 make_hf.SMALL = TINY
+make_hf.WITH_GRADIENTS = {"zamba2", "zamba2_two_blocks"}
 make_hf.CASES = {
     "mamba2_bias_limit": (
         "Mamba2ForCausalLM",
@@ -73,6 +90,20 @@ make_hf.CASES = {
             "mamba_proj_bias": False,
             "attention_bias": False,
         },
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        ZAMBA2 | _layers("MSMS") | {"mamba_ngroups": 2},
+        {"adapter_rank": 5, "hidden_act": "silu"},
+    ),
+    "zamba2_two_blocks": (
+        "Zamba2ForCausalLM",
+        ZAMBA2
+        | _layers("SMSS")
+        | {"num_mem_blocks": 2, "use_shared_attention_adapter": True}
+        | {"use_mem_rope": True, "add_bias_linear": True, "hidden_act": "silu"}
+        | make_hf.rope("default"),
+        make_hf.rope("default", theta=5.0),
     ),
     "bamba": ("BambaForCausalLM", BAMBA | NARROW, {"time_step_limit": [0.0, 9.0]}),
     "bamba_bias": (

@@ -216,7 +216,12 @@ class GPTModel(nn.Module):
         if x_BSD is None:
             x_BSD = self.embedding(sequence, position_ids, deterministic=deterministic)
         inputs = self.layer_inputs(position_ids, segment_ids, attention_mask, cache_position, aux_weight)
+        inputs = inputs._replace(context=self.layer_context(x_BSD))
         return self.decoder(x_BSD, inputs, decode=cache_position is not None, deterministic=deterministic)
+
+    def layer_context(self, x_BSD: Array) -> Any:
+        """What layers need of the embeddings [B, S, D] beside the residual stream. Nothing here."""
+        del x_BSD
 
     @staticmethod
     def positions(

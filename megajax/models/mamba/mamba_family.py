@@ -10,7 +10,7 @@ from megajax.models import language
 from megajax.models.family import Family
 from megajax.models.gpt import gpt_family
 from megajax.models.mamba.mamba_presets import PRESETS
-from megajax.ssm.hybrid_layer_allocation import ATTENTION, MAMBA
+from megajax.ssm.hybrid_layer_allocation import ATTENTION, MAMBA, SHARED
 from megajax.ssm.mamba_config import MambaConfig
 
 if TYPE_CHECKING:
@@ -75,7 +75,12 @@ def check(model: MambaConfig, parallel: ParallelConfig) -> None:
     """Raises ConfigError for layers that the config does not describe, and for heads that the mesh cannot divide."""
     tp = parallel.tensor_model_parallel_size
     model.require_experts_and_their_layers()
-    if MAMBA in model.layer_pattern and (model.mamba_num_heads or 0) % tp:
+    if SHARED in model.layer_pattern and parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} is not possible with layers S in"
+            " hybrid_override_pattern, whose shared block would have to lie on every stage; set it to 1"
+        )
+    if {MAMBA, SHARED} & set(model.layer_pattern) and (model.mamba_num_heads or 0) % tp:
         raise ConfigError(
             f"mamba_num_heads={model.mamba_num_heads} is not divisible by tensor_model_parallel_size={tp}; change one"
             " of them"
@@ -96,23 +101,38 @@ def flops(config: MambaConfig, *, batch_size: int, seq_length: int) -> int:
     mixer = hidden * (3 * inner + 2 * config.mamba_num_groups * state + (config.mamba_num_heads or 0))
     total = PER_PARAMETER * tokens * hidden * config.padded_vocab_size
     for index, kind in enumerate(config.layer_pattern):
-        if kind == MAMBA:
+        if kind in (MAMBA, SHARED):
             total += PER_PARAMETER * tokens * mixer + 21 * tokens * inner * state
+        if kind == SHARED:
+            total += PER_PARAMETER * tokens * _shared_weights(config)
+            total += PER_PARAMETER * batch_size * seq_length**2 * query_width(config)
         elif kind == ATTENTION:
             total += PER_PARAMETER * tokens * attention_weights(config, index)
             total += PER_PARAMETER * batch_size * seq_length**2 * query_width(config)
-        else:
+        elif kind != MAMBA:
             total += PER_PARAMETER * tokens * mlp_weights(config, index)
     return total
 
 
+def _shared_weights(config: MambaConfig) -> int:
+    """Weights that a token meets in a layer S beside the mixer's: block, adapters, and the map after them."""
+    hidden, ffn, rank = config.hidden_size, config.ffn_hidden_size or 0, config.shared_adapter_rank or 0
+    channels = config.kv_channels or 0
+    queries, keys = channels * config.num_attention_heads, channels * (config.num_query_groups or 0)
+    attention = 2 * hidden * (queries + 2 * keys) + queries * hidden
+    if config.shared_attention_adapter:
+        attention += rank * (3 * 2 * hidden + queries + 2 * keys)
+    return attention + 3 * hidden * ffn + rank * (hidden + 2 * ffn) + hidden**2
+
+
 def hf() -> tuple[Architecture, ...]:
-    """Mamba-2, Nemotron-H, Bamba."""
+    """Mamba-2, Nemotron-H, Bamba, Zamba2."""
     from megajax.models.mamba.bamba_hf import BAMBA
     from megajax.models.mamba.mamba2_hf import MAMBA2
     from megajax.models.mamba.nemotron_h_hf import NEMOTRON_H
+    from megajax.models.mamba.zamba2_hf import ZAMBA2
 
-    return (MAMBA2, BAMBA, NEMOTRON_H)
+    return (MAMBA2, BAMBA, NEMOTRON_H, ZAMBA2)
 
 
 def megatron() -> MegatronWeights:

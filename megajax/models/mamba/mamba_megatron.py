@@ -16,7 +16,7 @@ from megajax.interop.megatron_layouts import Path, Tensor, layer_tensors, outer_
 from megajax.interop.megatron_tables import fitted_to_tables, with_sizes_of_tables
 from megajax.models.family import MegatronWeights
 from megajax.models.mamba.mamba_model import MambaModel
-from megajax.ssm.hybrid_layer_allocation import MOE, allocate_layers
+from megajax.ssm.hybrid_layer_allocation import MOE, SHARED, allocate_layers
 from megajax.ssm.mamba_config import MambaConfig
 
 _SIZES = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads")
@@ -106,6 +106,11 @@ def write_config(config: MambaConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} cannot be expressed in a Megatron config, which has {only!r}"
             )
+    if SHARED in config.layer_pattern:
+        raise ConfigError(
+            f"hybrid_override_pattern={config.layer_pattern!r} cannot be expressed in a Megatron config, which has no"
+            f" {SHARED}"
+        )
     fields, arguments = megatron_settings(config)
     fields |= {name: getattr(config, name) for name in _SIZES} | {"is_hybrid_model": True}
     arguments |= {"hybrid_override_pattern": config.layer_pattern}

@@ -1,10 +1,16 @@
 """MambaModel: a language model of Mamba-2 layers, or of these and others."""
 
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import jax
+
 from megajax.models.gpt.gpt_model import GPTModel
-from megajax.models.mamba.mamba_layer_specs import MambaStackSubmodules, get_mamba_stack_spec
+from megajax.models.mamba.mamba_layer_specs import MambaStackSubmodules, get_mamba_stack_spec, get_shared_block_spec
 from megajax.spec import Builder
+from megajax.ssm.hybrid_layer_allocation import SHARED
 from megajax.ssm.mamba_config import MambaConfig
+from megajax.ssm.shared_block import SharedContext, SharedWeights
 
 
 class MambaModel(GPTModel):
@@ -30,6 +36,22 @@ class MambaModel(GPTModel):
     hybrid_override_pattern: str | None = None
     hybrid_attention_ratio: float | None = None
     hybrid_mlp_ratio: float | None = None
+
+    def setup(self) -> None:
+        super().setup()
+        config = self.resolved_config
+        assert isinstance(config, MambaConfig)
+        if SHARED in config.layer_pattern:
+            block = get_shared_block_spec(config, self.backend)
+            self.shared_block = [SharedWeights(config, block) for _ in range(config.num_shared_blocks)]
+
+    def layer_context(self, x_BSD: jax.Array) -> Any:
+        """The shared transformer blocks, if there are any, and what they read beside the residual stream."""
+        config = self.resolved_config
+        assert isinstance(config, MambaConfig)
+        if SHARED not in config.layer_pattern:
+            return None
+        return SharedContext(x_BSD, tuple(weights(x_BSD) for weights in self.shared_block))
 
     @property
     def layer_specs(self) -> tuple[Builder, ...]:

@@ -115,13 +115,6 @@ def _read_experts(fields: Fields, used: bool) -> dict[str, Any]:
     if not used:
         return {}
     groups, chosen, top_k = values["n_group"], values["topk_group"], values["num_experts_per_tok"]
-    if groups > 1 and top_k // chosen != 2:
-        raise ConfigError(
-            f"config.json: topk_group={chosen} with num_experts_per_tok={top_k} is not supported: a group is rated by"
-            " its best two experts, here by the best num_experts_per_tok / topk_group"
-        )
-    if not values["norm_topk_prob"]:
-        raise ConfigError("config.json: norm_topk_prob must be True; other values are not supported")
     return {
         "num_moe_experts": values["n_routed_experts"],
         "moe_router_topk": top_k,
@@ -129,15 +122,20 @@ def _read_experts(fields: Fields, used: bool) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": values["moe_shared_expert_intermediate_size"],
         "moe_latent_size": values["moe_latent_size"],
         "moe_router_score_function": "sigmoid",
+        "moe_router_norm_topk_prob": bool(values["norm_topk_prob"]),
         "moe_router_enable_expert_bias": True,
         "moe_router_num_groups": groups if groups > 1 else None,
         "moe_router_group_topk": chosen if groups > 1 else None,
+        # A group is rated by its best two experts.
+        "moe_router_group_score_topk": 2 if groups > 1 and top_k // chosen != 2 else None,
         "moe_router_topk_scaling_factor": float(values["routed_scaling_factor"]),
     }
 
 
 def _write_nemotron_h(given: TransformerConfig) -> dict[str, Any]:
     config = hybrid(given)
+    if not set(config.layer_pattern) <= set(_BLOCK_OF):
+        raise ConfigError(f"hybrid_override_pattern={config.layer_pattern!r} has layers other than {set(_BLOCK_OF)}")
     fields: dict[str, Any] = {
         "layers_block_type": [_BLOCK_OF[symbol] for symbol in config.layer_pattern],
         "hidden_size": config.hidden_size,
@@ -182,7 +180,7 @@ def _write_nemotron_h(given: TransformerConfig) -> dict[str, Any]:
         "routed_scaling_factor": config.moe_router_topk_scaling_factor or 1.0,
         "n_group": config.moe_router_num_groups or 1,
         "topk_group": config.moe_router_group_topk or 1,
-        "norm_topk_prob": True,
+        "norm_topk_prob": config.moe_router_norm_topk_prob,
     }
 
 

@@ -22,6 +22,15 @@ HYBRID: dict[str, Any] = {"hybrid_override_pattern": "M-M*", "mamba_num_groups":
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid": HYBRID,
     "one_group": {"mamba_num_groups": 1, "mamba_proj_bias": True, "mamba_d_has_hdim": True},
+    "shared_blocks": {
+        "hybrid_override_pattern": "MSMS",
+        "mamba_num_groups": 2,
+        "gated_linear_unit": True,
+        "num_shared_blocks": 2,
+        "shared_adapter_rank": 8,
+        "shared_attention_adapter": True,
+        "init_method_std": 0.1,  # there is no residual around a shared block, so larger ones amplify rounding
+    },
     "hybrid_experts": {
         "hybrid_override_pattern": "MEM*",
         "mamba_num_groups": 4,
@@ -83,10 +92,12 @@ LAYOUTS = [
     Layout(pp=2, cp=2, comm="p2p", mbs=2),
     Layout("one_group", devices=4, pp=4, mbs=2, engine="table"),
     Layout("hybrid_experts", ep=2, tp=2, sp=True, zero=3),
+    Layout("shared_blocks", cp=2, tp=2, sp=True, zero=3),
 ]
 
 
 def config_of(layout: Layout) -> Config:
+    options: dict[str, Any] = {"init_method_std": 0.3} | MODELS[layout.model]
     return Config(
         model_family="mamba",
         model=MambaConfig(
@@ -96,13 +107,12 @@ def config_of(layout: Layout) -> Config:
             ffn_hidden_size=48,
             vocab_size=VOCAB,
             make_vocab_size_divisible_by=64,
-            init_method_std=0.3,
             hidden_dropout=0.0,
             attention_dropout=0.0,
             mamba_state_dim=4,
             mamba_head_dim=8,
             mamba_chunk_size=4,
-            **MODELS[layout.model],
+            **options,
         ),
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout.tp,
