@@ -81,7 +81,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is only one process is meant
         dcp.load(wanted, storage_reader=reader)
-    return _unstacked({key: _to_numpy(tensor) for key, tensor in wanted.items()})
+    return unstacked({key: _to_numpy(tensor) for key, tensor in wanted.items()})
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
@@ -92,16 +92,24 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def _unstacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`decoder.layers.<name>` of shape [layers, ...] to `decoder.layers.<i>.<name>`."""
+def unstacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Layers and experts taken apart.
+
+    `decoder.layers.<name>` of shape [layers, ...] becomes `decoder.layers.<i>.<name>`, and
+    `<layer>.experts.experts.<name>` of shape [experts, ...] `<layer>.experts.local_experts.<e>.<name>`.
+    """
+    tensors = _apart(tensors, r"((?:en|de)coder\.layers)\.(?!\d+\.)(.+)", r"\1.{}.\2")
+    return _apart(tensors, r"(.+\.experts)\.experts\.(linear_fc[12]\.(?:weight|bias))", r"\1.local_experts.{}.\2")
+
+
+def _apart(tensors: Mapping[str, np.ndarray], pattern: str, name: str) -> dict[str, np.ndarray]:
+    """Each tensor whose key `pattern` matches to those of its first dim, called `name` with their index."""
     result: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
-        stacked = re.fullmatch(r"(decoder\.layers)\.(?!\d+\.)(.+)", key)
-        if stacked is None:
+        if re.fullmatch(pattern, key) is None:
             result[key] = value
             continue
-        for i, layer in enumerate(value):
-            result[f"{stacked[1]}.{i}.{stacked[2]}"] = layer
+        result |= {re.sub(pattern, name, key).format(i): part for i, part in enumerate(value)}
     return result
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from megajax.config import ConfigError
 from megajax.interop import megatron
 from megajax.interop.megatron_args import settings_from_arguments
-from megajax.interop.megatron_checkpoint import iteration_folder, read_settings
+from megajax.interop.megatron_checkpoint import iteration_folder, read_settings, unstacked
 from megajax.interop.megatron_config import transformer_config
 from megajax.interop.megatron_pickle import METADATA_CLASSES, SETTINGS_CLASSES, read_common, restricted_load
 
@@ -39,6 +39,31 @@ def test_checkpoint_equals_the_state_dict_it_was_made_from(path: Path) -> None:
     assert sorted(saved) == sorted(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(saved[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("layers_are_equal", [True, False])
+def test_stacked_layers_and_experts_are_taken_apart(layers_are_equal: bool) -> None:
+    """Megatron stacks experts, and layers that are all alike; these are its names of a router and of an expert."""
+    layers = np.arange(48.0).reshape(2, 3, 4, 2)
+    router = np.arange(12.0).reshape(2, 3, 2)
+    if layers_are_equal:
+        stored = {
+            "decoder.layers.mlp.experts.experts.linear_fc1.weight": layers,
+            "decoder.layers.mlp.router.weight": router,
+        }
+    else:
+        stored = {
+            f"decoder.layers.{i}.mlp.{name}.weight": value[i]
+            for name, value in (("experts.experts.linear_fc1", layers), ("router", router))
+            for i in range(2)
+        }
+    tensors = unstacked(stored)
+    assert len(tensors) == 2 * 3 + 2
+    for i in range(2):
+        np.testing.assert_array_equal(tensors[f"decoder.layers.{i}.mlp.router.weight"], router[i])
+        for e in range(3):
+            name = f"decoder.layers.{i}.mlp.experts.local_experts.{e}.linear_fc1.weight"
+            np.testing.assert_array_equal(tensors[name], layers[i, e])
 
 
 def test_without_torch_the_message_says_what_to_install() -> None:

@@ -26,12 +26,50 @@ def require_equal(one: dict, other: dict) -> None:
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["mcore_gpt3", "mcore_llama"])
+@pytest.mark.parametrize("case", ["mcore_gpt3", "mcore_llama", "mcore_mixtral"])
 def test_two_ranks_merge_and_split_bit_for_bit(case: str) -> None:
     whole, shards, fields = whole_and_ranks(case)
     require_equal(megatron.merge_tensor_parallel(shards, fields), whole)
     for rank, shard in enumerate(megatron.split_tensor_parallel(whole, 2, fields)):
         require_equal(shard, shards[rank])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mcore_deepseek_v3",
+        "mcore_gpt_mtp",
+        "mcore_mamba_hybrid",
+        "mcore_bert",
+        "mcore_t5_relative",
+        "mcore_radio",
+        "mcore_llava",
+    ],
+)
+def test_merge_inverts_split_of_every_family(case: str) -> None:
+    whole, settings = (
+        load_file(GOLDEN / case / "model.safetensors"),
+        json.loads((GOLDEN / case / "config.json").read_text()),
+    )
+    fields = settings["transformer_config"] | settings["model_args"]
+    ranks = megatron.split_tensor_parallel(whole, 2, fields)
+    require_equal(megatron.merge_tensor_parallel(ranks, fields), whole)
+
+
+def test_a_rank_of_a_state_space_has_its_part_of_each_of_its_inputs() -> None:
+    # Heads of 2 features, 2 groups of 3 states: rows z 8, x 8, B 6, C 6, step sizes 4.
+    fields = {"mamba_head_dim": 2, "mamba_num_groups": 2, "mamba_state_dim": 3}
+    name, rows = "decoder.layers.0.mixer.in_proj.weight", np.arange(32)[:, None]
+    second = megatron.split_tensor_parallel({name: rows}, 2, fields)[1][name][:, 0]
+    assert list(second) == [*range(4, 8), *range(12, 16), *range(19, 22), *range(25, 28), 30, 31]
+
+
+def test_latents_may_be_divided_or_whole() -> None:
+    fields = {"q_lora_rank": 4}
+    name, rows = "decoder.layers.0.self_attention.linear_q_down_proj.weight", np.arange(4.0)[:, None]
+    divided = [{name: rows[:2]}, {name: rows[2:]}]
+    for ranks in ([{name: rows}] * 2, divided):
+        np.testing.assert_array_equal(megatron.merge_tensor_parallel(ranks, fields)[name], rows)
 
 
 def test_merge_inverts_split_on_four_ranks_with_fewer_groups_than_ranks() -> None:

@@ -21,6 +21,7 @@ from megajax.models.mamba.mixer_hf import (
     mixer_rows,
     outer_rows,
     read_limits,
+    require,
     write_limits,
 )
 from megajax.ssm.hybrid_layer_allocation import ATTENTION, MAMBA, MLP
@@ -39,6 +40,7 @@ def _read(fields: Fields) -> dict[str, Any]:
     head_dim = expand * hidden // mixers if head_dim in ("auto", None) else positive_integer("mamba_d_head", head_dim)
     longest, epsilon = fields.size("max_position_embeddings"), fields.number("rms_norm_eps")
     bias = fields.flag("attention_bias")
+    require(fields, "hidden_act", "silu", "swish")  # of the mixers, which have no other, and of the MLPs
     return {
         **PLAIN,
         "num_layers": 2 * layers,
@@ -48,7 +50,7 @@ def _read(fields: Fields) -> dict[str, Any]:
         "num_query_groups": heads if groups is None else positive_integer("num_key_value_heads", groups),
         "ffn_hidden_size": fields.size("intermediate_size"),
         "gated_linear_unit": True,
-        "activation_func": fields.activation("hidden_act"),
+        "activation_func": "silu",
         "add_mlp_bias": fields.flag("mlp_bias"),
         "add_qkv_bias": bias,
         "add_attention_proj_bias": bias,

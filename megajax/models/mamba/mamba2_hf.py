@@ -27,7 +27,8 @@ from megajax.ssm.mamba_config import MambaConfig
 
 def _read_mamba2(fields: Fields) -> dict[str, Any]:
     require(fields, "hidden_act", "silu", "swish")
-    ignore(fields, "time_step_rank rescale_prenorm_residual")
+    require(fields, "rms_norm", True)
+    ignore(fields, "time_step_rank rescale_prenorm_residual norm_before_gate")
     layers, heads, head_dim = (fields.size(name) for name in ("num_hidden_layers", "num_heads", "head_dim"))
     hidden, epsilon = fields.size("hidden_size"), fields.number("layer_norm_epsilon")
     if heads * head_dim != fields.number("expand") * hidden:
@@ -73,6 +74,7 @@ def _write_mamba2(given: TransformerConfig) -> dict[str, Any]:
         "residual_in_fp32": config.fp32_residual_connection,
         "initializer_range": config.init_method_std,
         "hidden_act": "silu",
+        "rms_norm": True,
         "num_heads": config.mamba_num_heads,
         "head_dim": config.mamba_head_dim,
         "expand": expansion(config),
@@ -106,6 +108,7 @@ MAMBA2 = Architecture(
         "n_groups": 8,
         "use_bias": False,
         "use_conv_bias": True,
+        "rms_norm": True,
         "hidden_act": "silu",
         "initializer_range": 0.1,
         "residual_in_fp32": True,

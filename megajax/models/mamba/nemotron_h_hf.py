@@ -250,6 +250,7 @@ NEMOTRON_H = Architecture(
     read=_read_nemotron_h,
     write=_write_nemotron_h,
     prefix="backbone.",
+    tied_to="backbone.embeddings.weight",
     build=MambaModel,
     config_type=MambaConfig,
     older_names=((r"^model\.", "backbone."),),
