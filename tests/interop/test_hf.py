@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import tracemalloc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def test_loss_and_gradients_of_options(case, tmp_path):
     tokens = expected["input_ids"]
 
     def mean_loss(params):
-        losses = pretrained.model.apply({"params": params}, tokens, labels=np.roll(tokens, -1, axis=1))
+        losses: Any = pretrained.model.apply({"params": params}, tokens, labels=np.roll(tokens, -1, axis=1))
         return jnp.mean(losses[:, :-1])
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(pretrained.params)
