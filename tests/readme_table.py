@@ -26,6 +26,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "T5": (("t5", "t5_untied"), {"CP": LATER, "EP": NO_EXPERTS}),
     "Mamba and hybrids": (("hybrid", "one_group"), {"EP": NO_EXPERTS}),
     "Hybrids with MoE": (("hybrid_experts",), {}),
+    "Hybrids with shared blocks": (("shared_blocks",), {"PP": LATER, "EP": NO_EXPERTS}),
     "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": LATER, "EP": NO_EXPERTS}),
     "RADIO": (("radio",), {"CP": SHORT, "PP": LATER, "EP": NO_EXPERTS}),
     "LLaVA": (("llava",), {"CP": LATER, "PP": LATER, "EP": LATER}),

@@ -93,6 +93,8 @@ LAYOUTS = [
     Layout("one_group", devices=4, pp=4, mbs=2, engine="table"),
     Layout("hybrid_experts", ep=2, tp=2, sp=True, zero=3),
     Layout("shared_blocks", cp=2, tp=2, sp=True, zero=3),
+    Layout("shared_blocks", devices=2),
+    Layout("shared_blocks", devices=2, zero=2),
 ]
 
 
