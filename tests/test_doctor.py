@@ -11,7 +11,8 @@ from megajax import doctor
 from megajax.config import ConfigError
 from megajax.xla_flags import GPU_OPTIONS
 
-on_h100 = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
+aot = all(importlib.util.find_spec(name) is not None for name in ("jax_plugins", "nvidia"))
+on_h100 = pytest.mark.skipif(not aot, reason="needs the extra aot, and nvidia-cudnn-cu12")
 TINY = (
     *("--model", "gpt", "--num-layers", "1"),
     *("--hidden-size", "128", "--num-attention-heads", "2", "--seq-length", "64"),

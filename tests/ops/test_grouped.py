@@ -1,6 +1,7 @@
 """Placement, capacity and dropping against Megatron-Core's numbers; the grouped product against a loop over experts."""
 
 # SPDX-License-Identifier: Apache-2.0
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from megajax.ops import grouped
+from megajax.parallel.aot import absent_gpus
+from megajax.parallel.hlo import executed, flops_of
 
 # Compiled as one program each; op by op they would be dozens.
 place_grouped = jax.jit(grouped.place_grouped, static_argnums=(1, 2, 3))
@@ -107,3 +110,29 @@ def test_grouped_matmul_and_gradients() -> None:
     assert not y[12:].any() and not dx[12:].any()
     padded = grouped.grouped_matmul(jnp.array(x[:12].reshape(3, 4, 3)), jnp.array(w), None)
     np.testing.assert_allclose(padded[1], x[4:8] @ w[1], rtol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
+def test_the_h100_program_computes_no_row_for_another_expert() -> None:
+    """Forward, and both gradients: each product is of one block of rows and one expert, in a loop over the blocks that
+    hold rows. XLA's own `ragged_dot` is dense there."""
+    E, R, D, F, block = 16, 1024, 256, 512, 128
+    place = jax.sharding.SingleDeviceSharding(absent_gpus(1)[0])
+    shapes = ((R, D), jnp.bfloat16), ((E, D, F), jnp.bfloat16), ((E,), jnp.int32), ((R, F), jnp.bfloat16)
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+
+    def products(function: Any) -> list[tuple[int, tuple[int | None, ...]]]:
+        text = str(jax.jit(function).lower(*arguments).compile().as_text())
+        found = [pair for pair in executed(text) if pair[0].opcode == "dot" or "__cublas$" in pair[0].attributes]
+        return [(flops_of(instruction), where.loops) for instruction, where in found]
+
+    def ours(x: Any, w: Any, sizes: Any, dy: Any) -> Any:
+        y, vjp = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, grouped.Groups(sizes, block)), x, w)
+        return y, *vjp(dy)
+
+    def dense(x: Any, w: Any, sizes: Any, dy: Any) -> Any:
+        del dy
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    assert products(ours) == [(2 * block * D * F, (None,))] * 3
+    assert products(dense) == [(2 * E * R * D * F, ())]

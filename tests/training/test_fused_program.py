@@ -66,7 +66,8 @@ def build(devices: list[Any], kernels: dict[str, Any], model: dict[str, Any], **
     }
 
 
-on_h100 = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
+aot = all(importlib.util.find_spec(name) is not None for name in ("jax_plugins", "nvidia"))
+on_h100 = pytest.mark.skipif(not aot, reason="needs the extra aot, and nvidia-cudnn-cu12")
 
 
 def calls(text: str) -> Counter[str]:
@@ -164,3 +165,12 @@ def test_fused_kernels_need_a_gpu(kernels: dict[str, Any]) -> None:
     [(field, value)] = kernels.items()
     with pytest.raises(ConfigError, match=rf"{field}='{value}' needs an NVIDIA GPU, here is cpu; use {field}='auto'"):
         build(jax.devices()[:1], kernels, {})
+
+
+@on_h100
+def test_without_cudnn_to_compile_with_attention_is_plain_and_says_so(monkeypatch: Any) -> None:
+    monkeypatch.setattr("megajax.training.backend._installed", lambda package: False)
+    program, batch = build(absent_gpus(1), {}, {})
+    with on_mesh(program):
+        choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+    assert "pip install --no-deps nvidia-cudnn-cu12" in describe_kernels(choices)
