@@ -1,6 +1,7 @@
 """Writes tests/golden/megatron_options: what Megatron-Core computes with the options that published cases leave out.
 
-Development only, on a CPU: `pip install torch megatron-core==0.16.1`, then run this file.
+Development only, on a CPU: `pip install torch megatron-core==0.16.1`, then run this file, with the names of the cases
+that are to be made anew, or for all with none.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -28,7 +29,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 FOLDER = Path(__file__).parent / "megatron_options"
 FUNCTIONS = {
@@ -69,6 +70,17 @@ BLOCKS = [
     {"attention": {"replace_with_linear": True, "n_heads_in_group": None}, "mlp": {"ffn_mult": 3.0}},
     {"attention": {"num_query_groups": 1}, "mlp": {"replace_with_linear": True, "ffn_mult": None}},
 ]
+LATENT = {
+    "multi_latent_attention": True,
+    "num_query_groups": 4,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 7,
+    "rope_type": "rope",
+    "rotary_scaling_factor": 1.0,
+}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "softmax_off_by_one": ({"softmax_type": "off-by-one"}, {}),
     "softmax_learnable": ({"softmax_type": "learnable"}, {}),
@@ -112,11 +124,22 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True},
     ),
     "post_layernorm_residual_is_ignored": ({"apply_residual_connection_post_layernorm": True, **LAYERNORM}, {}),
+    "latent_half_rotary": (LATENT | {"rotary_percent": 0.5, "rotary_base": 500}, {}),
+    "latent_without_qkv_bias": (LATENT | LAYERNORM | {"add_qkv_bias": True, "qk_layernorm": True}, {}),
     "heterogeneous": (
         {"num_layers": 5, "heterogeneous_layers_config_encoded_json": json.dumps({"block_configs": BLOCKS})},
         {},
     ),
 }
+
+
+class LatentCore(dpa.DotProductAttention):
+    """The local core, told the size of values, which in latent attention differs from that of keys."""
+
+    def __init__(self, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.config.num_attention_heads
 
 
 def shims() -> None:
@@ -143,13 +166,17 @@ def shims() -> None:
     import megatron.core.tensor_parallel.layers as layers
 
     layers.te_general_gemm = None
+    import megatron.core.transformer.multi_latent_attention as mla
+
+    mla.TELinear = mla.TEColumnParallelLinear = type("Absent", (), {})  # None, which it asks `isinstance` about
     reduce = layers.reduce_from_tensor_model_parallel_region
     layers.reduce_from_tensor_model_parallel_region = lambda x, *a, **k: reduce(x, *a, **k).clone()
 
 
 def build(config: dict[str, Any], model: dict[str, Any]) -> GPTModel:
     declared = HeterogeneousTransformerConfig if "heterogeneous_layers_config_encoded_json" in config else None
-    declared = declared or TransformerConfig
+    latent = config.get("multi_latent_attention", False)
+    declared = declared or (MLATransformerConfig if latent else TransformerConfig)
     attributes = {name: value for name, value in config.items() if name.startswith("yarn_")}
     fields = {name: value for name, value in config.items() if name not in attributes}
     fields["activation_func"] = FUNCTIONS[fields["activation_func"]]
@@ -157,10 +184,15 @@ def build(config: dict[str, Any], model: dict[str, Any]) -> GPTModel:
     for name, value in attributes.items():
         setattr(cfg, name, value)
     arguments = {name: value for name, value in model.items() if name != "qk_l2_norm"}
-    if declared is TransformerConfig:
+    if declared is not HeterogeneousTransformerConfig:
         spec = get_gpt_layer_local_spec(
-            qk_layernorm=cfg.qk_layernorm, normalization=cfg.normalization, qk_l2_norm=model.get("qk_l2_norm", False)
+            qk_layernorm=cfg.qk_layernorm,
+            multi_latent_attention=latent,
+            normalization=cfg.normalization,
+            qk_l2_norm=model.get("qk_l2_norm", False),
         )
+        if latent:
+            spec.submodules.self_attention.submodules.core_attention = LatentCore
     else:
         spec = get_gpt_heterogeneous_layer_spec(cfg, use_te=False)
     return GPTModel(cfg, spec, **arguments)
@@ -188,7 +220,11 @@ def main() -> None:
     labels = (tokens * 5 + 1) % 32
     cases: dict[str, Any] = {}
     outputs: dict[str, Any] = {"tokens": tokens, "labels": labels}
-    for name, (fields, arguments) in VARIANTS.items():
+    if sys.argv[1:]:
+        cases |= json.loads((FOLDER / "cases.json").read_text())
+        outputs |= np.load(FOLDER / "outputs.npz")
+    for name in sys.argv[1:] or VARIANTS:
+        fields, arguments = VARIANTS[name]
         config, model = BASE | fields, MODEL | arguments
         gpt = build(config, model)
         state = {key: list(v.shape) for key, v in gpt.state_dict().items() if "_extra_state" not in key}

@@ -189,6 +189,9 @@ def test_settings_survive_the_way_back(name: str) -> None:
     assert transformer_config(json.loads(json.dumps(fields)), json.loads(json.dumps(model))) == config
 
 
+SIGMOIDS: dict[str, Any] = {"num_moe_experts": 4, "moe_router_score_function": "sigmoid"}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -196,6 +199,11 @@ def test_settings_survive_the_way_back(name: str) -> None:
         {"rope_scaling_type": "dynamic"},
         {"rope_scaling_type": "llama3", "rope_original_max_position_embeddings": 4096},
         {"apply_residual_connection_post_layernorm": True},
+        {"multi_latent_attention": True, "add_qkv_bias": True},
+        {"multi_latent_attention": True, "qk_pos_emb_interleaved": False},
+        {"multi_latent_attention": True, "latent_layernorm_epsilon": 1e-6},
+        SIGMOIDS | {"moe_router_norm_topk_prob": False},
+        SIGMOIDS | {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_group_score_topk": 1},
     ],
 )
 def test_what_megatron_cannot_express_is_refused(changes: dict[str, Any]) -> None:
