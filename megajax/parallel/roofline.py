@@ -94,17 +94,18 @@ Shares = Mapping[int, tuple[float, ...]]
 do, and all devices take the same; of more, devices differ, and wait for the one that has most to do."""
 
 
-def estimate(hlo_text: str, mesh: Mesh, target: Target, shares: Shares | None = None) -> Estimate:
+def estimate(hlo_text: str, mesh: Mesh, target: Target, shares: Shares | None = None, *, turns: int = 1) -> Estimate:
     """Reads a compiled program for the devices of `mesh`, of the kind `target`.
 
     Args:
       shares: how often conditionals in loops take which branch; without it, always the longest.
+      turns: of loops whose number of turns is known at run time only.
 
     Raises:
       ValueError: the text is not that of a compiled program.
     """
     computations, entry = computations_of(hlo_text)
-    program = _Program(computations, mesh, target, shares or {})
+    program = _Program(computations, mesh, target, shares or {}, turns)
     run = program.run(entry, Where())
     return Estimate(run.clock, run.compute, run.flops, run.recomputed, tuple(program.transfers), program.kernels)
 
@@ -145,9 +146,10 @@ class _Pending(NamedTuple):
 
 class _Program:
     def __init__(
-        self, computations: Mapping[str, list[Instruction]], mesh: Mesh, target: Target, shares: Shares
+        self, computations: Mapping[str, list[Instruction]], mesh: Mesh, target: Target, shares: Shares, turns: int
     ) -> None:
         self.computations, self.mesh, self.target, self.shares = computations, mesh, target, shares
+        self.turns = turns
         self.mesh_shape = tuple(mesh.shape.items())
         self.transfers: list[Transfer] = []
         self.kernels: dict[str, float] = {}
@@ -171,7 +173,7 @@ class _Program:
                 else:
                     pending[instruction.name] = entry
             elif opcode == "while":
-                trips = instruction.trips or 1
+                trips = instruction.trips or self.turns
                 inside = Where((*where.loops, instruction.trips), where.conditional)
                 for called in instruction.called:
                     run.add(self.run(called, inside), trips)
@@ -214,7 +216,7 @@ class _Program:
 
     def _end(self, pending: _Pending, run: _Run, where: Where, *, asynchronous: bool = True) -> None:
         waited = max(0.0, pending.ends - run.clock)
-        times = math.prod(trips or 1 for trips in where.loops)
+        times = math.prod(trips or self.turns for trips in where.loops)
         covered = run.compute - pending.compute
         run.clock += waited
         self.transfers.append(
@@ -239,7 +241,7 @@ class _Program:
         run.recomputed += sum(count * _recomputed(inner) for inner, count in work if count)
         kernel = kernel_name(instruction)
         if kernel is not None:
-            times = math.prod(trips or 1 for trips in where.loops)
+            times = math.prod(trips or self.turns for trips in where.loops)
             self.kernels[kernel] = self.kernels.get(kernel, 0) + times
 
     def _collective(self, instruction: Instruction, where: Where) -> tuple[Collective, bool, float] | None:
@@ -377,7 +379,7 @@ def attention_flops(instruction: Instruction) -> int:
     """
     q, k = (arrays_of(read.shape)[0] for read in instruction.reads[:2])
     products = 5 if "Backward" in instruction.attributes else 2
-    causal = re.search(r'"mask_type":"[A-Z_]*CAUSAL', instruction.attributes) is not None
+    causal = re.search(r'"mask_type":\s*"[A-Z_]*CAUSAL', instruction.attributes) is not None
     return products * 2 * math.prod(q) * k[1] // (2 if causal else 1)
 
 

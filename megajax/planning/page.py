@@ -25,7 +25,7 @@ from megajax.planning.text import (
 _COLOURS = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2", "#9c6b4e", "#97bbf5", "#ff8ab7")
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8888; }
+:root { color-scheme: light dark; --line: #8884; --soft: #777; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.5rem; }
 .lead { color: var(--soft); margin-top: .2rem; }
@@ -42,6 +42,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
 .words { text-align: left; }
 .bar > em { position: absolute; top: 0; bottom: 0; border-left: 2px dashed currentColor; }
+.legend u { border-left: 2px dashed currentColor; margin-right: .5em; }
 svg { width: 100%; height: auto; max-height: 22rem; } summary { cursor: pointer; margin-top: 1rem; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 """
@@ -60,7 +61,12 @@ def page(report: Report) -> str:
         ("pipeline bubble", f"{report.bubble:.1%}"),
     ]
     free = max(0, memory.card - memory.peak)
-    waits = [(f"waits: {row.kind} over {row.axes}", row.exposed) for row in report.traffic if row.exposed > 0]
+    waits = [
+        (f"waits: {row.kind} over {row.axes}, {'in layers' if row.in_layers else 'around them'}", row.exposed)
+        for row in report.traffic
+        if row.exposed > report.seconds / 1000
+    ]
+    waits.append(("waits: the rest", report.exposed - sum(seconds for _, seconds in waits)))
     ratio = formula_line(report)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -118,9 +124,11 @@ def _bar(
         f' title="{html.escape(name)}: {unit(value)}"></span>'
         for (name, value), colour in zip(shown, colours, strict=True)
     )
+    legend = ""
     if mark is not None:
-        spans += f'<em style="left:{min(100, 100 * mark / whole):.3f}%" title="usable: {unit(mark)}"></em>'
-    legend = "".join(
+        spans += f'<em style="left:{min(100, 100 * mark / whole):.3f}%"></em>'
+        legend = f"<span><u></u>usable <b>{unit(mark)}</b></span>"
+    legend = legend + "".join(
         f'<span><i style="background:{colour}"></i>{html.escape(name)} <b>{unit(value)}</b></span>'
         for (name, value), colour in zip(shown, colours, strict=True)
     )

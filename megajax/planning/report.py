@@ -15,6 +15,7 @@ from megajax.parallel.aot import absent_gpus, target_of
 from megajax.parallel.mesh import describe
 from megajax.parallel.pipeline import Lockstep
 from megajax.parallel.roofline import Shares, Transfer, estimate
+from megajax.parallel.schedule_ticks import plan_ticks
 from megajax.parallel.schedules import Schedule, make_schedule
 from megajax.planning.memory import Memory, memory_of, short
 from megajax.training.ahead import Compiled, Step, compile_step
@@ -56,6 +57,8 @@ class Report:
       model_flops, executed_flops, recomputed_flops: of one device and step.
       idle_flops: of those executed, what a pipeline computes only to keep step.
       bubble: idle over useful time of a pipeline's stages; 0 without one.
+      in_flight: passes of a chunk whose activations the pipeline keeps at once, and those of Megatron's first stage;
+        None without one.
       uncovered: collectives inside of layers that wait, by what they belong to: bytes sent.
       seconds_to_compile: tracing, compiling.
     """
@@ -83,6 +86,7 @@ class Report:
     uncovered: dict[str, float]
     kernels: dict[str, int]
     schedule: Schedule | None
+    in_flight: tuple[int, int] | None
     seconds_to_compile: tuple[float, float]
 
     @property
@@ -122,6 +126,7 @@ class Report:
             "overlap": {"covered_share": self.covered_share, "uncovered": self.uncovered},
             "kernels": self.kernels,
             "bubble": self.bubble,
+            "in_flight": self.in_flight,
             "estimate": {
                 "is": "a bound from data sheets, no measurement",
                 "formula": FORMULA,
@@ -155,7 +160,8 @@ def report_of(compiled: Compiled, target: str) -> Report:
     program, gpu = compiled.program, target_of(target)
     config, mesh = program.config, program.mesh
     schedule = _schedule(config, compiled)
-    found = estimate(compiled.executable.as_text(), mesh, gpu, _shares(config, schedule))
+    turns = _blocks_of_rows(config)
+    found = estimate(compiled.executable.as_text(), mesh, gpu, _shares(config, schedule), turns=turns)
     samples = compiled.num_microbatches * program.batches.micro_batch_size * program.batches.data_parallel_size
     seq_length = config.data.seq_length
     work = program.family.flops(config.model, batch_size=samples, seq_length=seq_length) / mesh.size
@@ -186,8 +192,26 @@ def report_of(compiled: Compiled, target: str) -> Report:
         uncovered=_uncovered(found.transfers),
         kernels={name: round(n) for name, n in sorted(found.kernels.items(), key=lambda item: -item[1])},
         schedule=schedule,
+        in_flight=None if schedule is None else (_slots(config, schedule), schedule.peak_live()[0]),
         seconds_to_compile=compiled.seconds,
     )
+
+
+_BLOCK = 128
+"""Rows that experts read at a time (`megajax.transformer.moe`)."""
+
+
+def _blocks_of_rows(config: Config) -> int:
+    """Turns of the loops over what the experts of a device are given, if the router gives all experts alike: half a
+    block of each group is empty.
+    """
+    model, parallel = config.model, config.parallel
+    if model.num_moe_experts is None:
+        return 1
+    tokens = config.data.seq_length * config.train.micro_batch_size // parallel.context_parallel_size
+    rows = tokens * (model.moe_router_topk or 1) * parallel.resolved_expert_tensor_parallel_size
+    rows //= parallel.tensor_model_parallel_size
+    return rows // _BLOCK + model.num_moe_experts // parallel.expert_model_parallel_size // 2
 
 
 def _recompute(model: TransformerConfig) -> str:
@@ -225,6 +249,12 @@ def _shares(config: Config, schedule: Schedule | None) -> Shares:
     each = tuple(float((kinds == kind).mean()) for kind in range(4 if schedule.splits_backward else 3))
     busy = schedule.microbatches / schedule.ticks
     return {2: (1 - busy, busy), len(each): each}
+
+
+def _slots(config: Config, schedule: Schedule) -> int:
+    if config.parallel.resolved_pipeline_engine == "table":
+        return sum(plan_ticks(schedule).slots.saved)
+    return Lockstep(schedule.stages, schedule.chunks, schedule.microbatches).slots
 
 
 def _idle_share(config: Config, schedule: Schedule | None) -> float:

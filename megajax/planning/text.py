@@ -123,10 +123,14 @@ def formula_line(report: Report) -> str | None:
     memory = report.memory
     if memory.formula is None or memory.formula_ratio is None:
         return None
-    return (
+    line = (
         f"activations are {memory.formula_ratio:.2f} x the {size(memory.formula)} of Megatron's formula"
         " (first stage of 1F1B, selective recomputation)"
     )
+    if report.in_flight is None:
+        return line
+    kept, assumed = report.in_flight
+    return f"{line}; this engine keeps {kept} microbatches under way, the formula {assumed}"
 
 
 def _formula(report: Report) -> list[str]:

@@ -122,6 +122,17 @@ def test_branches_count_as_often_as_they_are_taken():
         assert some.transfers[0].times == pytest.approx(7.5)
 
 
+def test_turns_that_only_a_run_knows():
+    text = looped("%idle", "%busy")
+    unknown = text.replace(', backend_config={"known_trip_count":{"n":"10"}}', "")
+    assert unknown != text
+    known = estimate(text, mesh(), GPU)
+    for turns in (1, 10):
+        found = estimate(unknown, mesh(), GPU, turns=turns)
+        assert found.flops == pytest.approx(known.flops * turns / 10)
+        assert found.transfers[0].times == turns
+
+
 def test_devices_that_differ_wait_for_the_slowest():
     found = estimate(looped("%idle", "%busy", "%busy"), mesh(), GPU, {3: (0.5, 0.25, 0.25)})
     assert found.flops == pytest.approx(0.5 * 10 * 2 * 1024**3)

@@ -49,7 +49,7 @@ def test_bytes_are_those_of_arithmetic():
     assert 0 <= memory.optimizer - 8 * (divided // 2 // 4 + NORMS) < 256
     assert memory.gradient_sums == memory.parameters
     assert memory.batch == 4 * (BATCH // 4) * SEQ * 4, "four arrays of int32 or fp32"
-    assert memory.fits and memory.total == pytest.approx(memory.peak, rel=0.1)
+    assert memory.fits and memory.total <= memory.peak  # so small a program is mostly gaps
 
 
 @needs_aot
@@ -58,9 +58,9 @@ def test_flops_are_those_of_the_model_and_what_is_recomputed():
     tokens = BATCH * SEQ
     scores = 6 * BATCH * SEQ * SEQ * D * L
     assert report.model_flops * 8 == 6 * tokens * (L * LAYER + V * D) + scores
-    masked = scores  # plain attention computes both halves of what causality halves
-    executed = report.model_flops * 8 + masked + report.recomputed_flops * 8
-    assert report.executed_flops * 8 == pytest.approx(executed, rel=0.02)
+    executed = report.model_flops + report.recomputed_flops
+    assert report.executed_flops == pytest.approx(executed, rel=0.02)
+    assert report.kernels["__cudnn$fmhaSoftmaxBackward"] == L * report.num_microbatches
     assert report.idle_flops == 0 and report.bubble == 0
     assert report.recompute == "core_attn" and report.recomputed_flops > 0
 
@@ -74,8 +74,7 @@ def test_a_pipeline_idles_as_the_papers_say():
         idle = report.executed_flops / 9 if engine == "lockstep" else 0  # one tick of nine
         assert report.idle_flops == pytest.approx(idle)
         useful = report.executed_flops - report.idle_flops - report.recomputed_flops
-        scores = 6 * BATCH * SEQ * SEQ * D * L / 8
-        assert useful == pytest.approx(report.model_flops + scores, rel=0.1)
+        assert useful == pytest.approx(report.model_flops, rel=0.1)
 
 
 @needs_aot
