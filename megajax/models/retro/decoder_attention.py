@@ -22,7 +22,7 @@ Array = jax.Array
 class RetroDecoderCrossAttention(nn.Module):
     """Attention of x [B, S, D] to the neighbours [F, R, D] of each chunk.
 
-    Megatron: `core/models/retro/decoder_attention.py`. A token reads what was found for the last chunk that is complete:
+    Megatron: `core/models/retro/decoder_attention.py`. A token reads what was found for the last whole chunk before it:
     see `readers`. The first layer that does so also holds the encoder of the neighbours, and returns what it made of
     them, for the layers behind it to read.
 
