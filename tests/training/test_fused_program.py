@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -75,22 +76,27 @@ def calls(text: str) -> Counter[str]:
 
 
 # Layout -> forward and backward calls in a layer, and all-to-alls. In a ring of two: three quarters of a square at
-# home, two away.
+# home, two away. A pipeline has forwards before backwards, both together, and backwards after.
 LAYOUTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "tp2-sp": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 1, 0),
     "ring2": ({"context_parallel_size": 2}, 5, 0),
     "ulysses2": ({"context_parallel_size": 2, "cp_comm_type": "a2a"}, 1, 4),
+    "pp2-tp2-sp": (
+        {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        2,
+        0,
+    ),
 }
 
 
 @on_h100
 @pytest.mark.parametrize(
-    "layout",
-    ["tp2-sp", pytest.param("ring2", marks=pytest.mark.slow), pytest.param("ulysses2", marks=pytest.mark.slow)],
+    "layout", ["tp2-sp", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tp2-sp")]
 )
 def test_attention_of_the_h100_program_is_cudnn(layout: str) -> None:
     parallel, times, all_to_alls = LAYOUTS[layout]
-    program, batch = build(absent_gpus(2), {}, {}, **parallel)
+    devices = math.prod(size for name, size in parallel.items() if name.endswith("_size"))
+    program, batch = build(absent_gpus(devices), {}, {}, **parallel)
     with on_mesh(program):
         choices = kernels_of_step(program.train_step, program.abstract_state, batch)
         assert describe_kernels(choices) == "attention: cuDNN flash attention"
@@ -100,6 +106,22 @@ def test_attention_of_the_h100_program_is_cudnn(layout: str) -> None:
     sent = Counter(c.kind for c in census(text, program.mesh) for _ in range(c.arrays) if "all-to-all" in c.kind)
     assert sent.total() == all_to_alls
     assert f"{SEQ},{SEQ}]" not in text  # no scores
+
+
+LATENT = {"multi_latent_attention": True, "num_query_groups": None, "q_lora_rank": 64, "kv_lora_rank": 32}
+SIZES = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+
+
+@on_h100
+@pytest.mark.slow
+def test_values_of_latent_attention_are_not_padded() -> None:
+    program, batch = build(absent_gpus(1), {}, LATENT | SIZES)
+    with on_mesh(program):
+        lowered = program.train_step.lower(program.abstract_state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+        text = lowered.compile().as_text()
+    assert calls(text) == {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
+    results = [line.split("custom-call(")[0] for line in text.splitlines() if '"__cudnn$fmhaSoftmaxBackward"' in line]
+    assert re.findall(r"bf16\[1,4,320,(\d+)\]", results[0]) == ["192", "192", "128"]
 
 
 @on_h100
