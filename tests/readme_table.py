@@ -17,19 +17,20 @@ TESTS = ("training/test_layouts", "models/mamba/test_mamba_layouts", "models/tes
          "models/vision/test_vision_layouts", "models/retro/test_retro_layouts")  # fmt: skip
 """Files whose `CASES` are pairs (model, layout), or whose `LAYOUTS` name their model."""
 
-NO_EXPERTS, SHORT, LATER, NOT_THERE = "no experts", "short sequences", "not yet", "nor in Megatron"
+NO_EXPERTS, SHORT, NOT_THERE = "no experts", "short sequences", "nor in Megatron"
+SMALL, WHOLE, BIASED, SHARED = "small towers", "whole images", "relative bias", "shared weights"
 ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "GPT, dense": (("tied", "untied"), {"EP": NO_EXPERTS}),
     "GPT with MoE": (("experts",), {}),
     "GPT with MoE, MLA, MTP": (("latent",), {}),
     "BERT": (("bert", "bert_untied"), {"EP": NO_EXPERTS}),
-    "T5": (("t5", "t5_untied"), {"CP": LATER, "EP": NO_EXPERTS}),
+    "T5": (("t5", "t5_untied"), {"CP": BIASED, "EP": NO_EXPERTS}),
     "Mamba and hybrids": (("hybrid", "one_group"), {"EP": NO_EXPERTS}),
     "Hybrids with MoE": (("hybrid_experts",), {}),
-    "Hybrids with shared blocks": (("shared_blocks",), {"PP": LATER, "EP": NO_EXPERTS}),
-    "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": LATER, "EP": NO_EXPERTS}),
-    "RADIO": (("radio",), {"CP": SHORT, "PP": LATER, "EP": NO_EXPERTS}),
-    "LLaVA": (("llava",), {"CP": LATER, "PP": LATER, "EP": LATER}),
+    "Hybrids with shared blocks": (("shared_blocks",), {"PP": SHARED, "EP": NO_EXPERTS}),
+    "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
+    "RADIO": (("radio",), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
+    "LLaVA": (("llava", "llava_experts"), {"CP": WHOLE}),
     "RETRO": (("retro", "retro_odd"), {"CP": NOT_THERE, "PP": NOT_THERE, "EP": NO_EXPERTS}),
 }
 """Row of the table -> models of the tests, and why a parallelism has no layout."""

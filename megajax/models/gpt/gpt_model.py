@@ -271,8 +271,11 @@ class GPTModel(nn.Module):
         self, x_BSD: Array, tokens: Array, labels: Array, weights: Array, **inputs: Any
     ) -> FusedLoss:
         """`loss_sum` from the residual stream after the last layer, [B, S, D]."""
-        hidden_BSD = self.decoder(x_BSD, LayerInputs(AttentionMask()), rows={})
-        return self._loss_sum(hidden_BSD, tokens, labels, weights, **inputs)
+        return self._loss_sum(self.normed(x_BSD), tokens, labels, weights, **inputs)
+
+    def normed(self, x_BSD: Array) -> Array:
+        """What the output layer reads, [B, S, D], from the residual stream after the last layer."""
+        return self.decoder(x_BSD, LayerInputs(AttentionMask()), rows={})
 
     def output_weight(self) -> Array:
         """The matrix from hidden states to logits, [D, padded vocabulary]."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from megajax.interop.hf_architecture import Architecture
     from megajax.models.family import Batch, MegatronWeights
     from megajax.ops.cross_entropy import FusedLoss
+    from megajax.parallel.pipeline_pieces import Pieces
+    from megajax.transformer.stack import Segment
 
 LANGUAGE_FAMILIES: Mapping[LanguageModelType, Family] = {"gpt": GPT, "mamba": mamba_family.HYBRIDS}
 
@@ -83,12 +85,8 @@ def loss(
     model: nn.Module, params: Any, batch: Batch, weights: jax.Array, *, dropout_key: jax.Array | None
 ) -> FusedLoss:
     """Cross entropy of the text; frozen parts have no gradient. See `megajax.models.family.LossFn`."""
-    import jax
-
-    config = model.config  # pyright: ignore[reportAttributeAccessIssue]
-    frozen = {name: jax.lax.stop_gradient(params[name]) for name in config.frozen_parameters}
     return model.apply(  # type: ignore[return-value]
-        {"params": {**params, **frozen}},
+        {"params": _frozen(model, params)},
         batch["images"],
         batch["tokens"],
         batch["labels"],
@@ -99,6 +97,53 @@ def loss(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="loss_sum",
     )
+
+
+def _frozen(model: nn.Module, params: Any) -> Any:
+    """The parameters, or some of them; those that the config freezes have no gradient."""
+    import jax
+
+    names = model.config.frozen_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    return {name: jax.lax.stop_gradient(tree) if name in names else tree for name, tree in params.items()}
+
+
+def _text(batch: Batch) -> dict[str, jax.Array]:
+    names = ("tokens", "segment_ids", "num_image_tiles")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def pipeline_pieces(model: nn.Module) -> Pieces:
+    """Images and embedding, the language model's layers, loss; see `megajax.models.family.Family.pipeline_pieces`."""
+    from megajax.parallel.pipeline_pieces import Pieces
+
+    def rngs(key: jax.Array | None) -> dict[str, Any]:
+        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
+
+    def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
+        length = batch["loss_mask"].shape[1]
+        return model.apply(
+            {"params": _frozen(model, shared)}, batch["images"], _text(batch), length, method="embed", **rngs(key)
+        )
+
+    def layers(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
+        arguments = (x, rows, batch["images"], _text(batch), weights)
+        return model.apply({"params": _frozen(model, params)}, *arguments, method="run_layers", **rngs(key))
+
+    def loss(shared: Any, x: jax.Array, batch: Batch, weights: jax.Array) -> Any:
+        arguments = (x, batch["images"], _text(batch), batch["labels"], weights)
+        return model.apply({"params": _frozen(model, shared)}, *arguments, method="loss_sum_of_stream")
+
+    return Pieces(embed, (layers,), loss)
+
+
+def layer_segments(model: nn.Module) -> Mapping[tuple[str, ...], tuple[Segment, ...]]:
+    """How the language model's layers are stacked."""
+    from megajax.models.multimodal.llava_model import LLaVAModel
+    from megajax.transformer.block import stack_layout
+
+    assert isinstance(model, LLaVAModel)
+    reader: Any = model.build_language_model()
+    return {("language_model", "decoder"): stack_layout(reader.resolved_config, reader.layer_specs)}
 
 
 def fit(config: Config, tokenizer: Tokenizer) -> Config:
@@ -221,6 +266,8 @@ LLAVA = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    pipeline_pieces=pipeline_pieces,
+    layer_segments=layer_segments,
     hf=hf,
     megatron=megatron,
 )

@@ -39,6 +39,7 @@ from megajax.ops.multimodal import (
 )
 from megajax.parallel.sharding import constrain, residual_stream_of
 from megajax.spec import Builder
+from megajax.transformer.block import StackRows
 
 __all__ = ["DEFAULT_IMAGE_TOKEN_INDEX", "IGNORE_INDEX", "IMAGE_TOKEN", "LLaVAModel", "LanguageModel"]
 
@@ -199,12 +200,57 @@ class LLaVAModel(nn.Module):
         slots, x_BSD, inputs = self._merged(
             images, tokens, num_image_tiles, weights.shape[1], position_ids, None, segment_ids, deterministic
         )
-        weights = weights * self._loss_mask(slots, jnp.ones(tokens.shape, jnp.float32))
+        weights = self._weights(slots, tokens, weights)
         hidden_BSD = self.language_model.hidden_states(None, decoder_input=x_BSD, aux_weight=weights.sum(), **inputs)
+        return self._loss_sum(hidden_BSD, slots, labels, weights)
+
+    def _weights(self, slots: Merge, tokens: Array, weights: Array) -> Array:
+        return weights * self._loss_mask(slots, jnp.ones(tokens.shape, jnp.float32))
+
+    def _loss_sum(self, hidden_BSD: Array, slots: Merge, labels: Array, weights: Array) -> FusedLoss:
         cfg = self.config.language_config
         return language_model_loss_sum(
             hidden_BSD, self.language_model.output_weight(), self._labels(slots, labels), weights, cfg
         )
+
+    # A pipeline calls the model in three pieces, each with its own part of the parameters. The tower belongs to the
+    # first, which all stages run alike. Arguments as for `loss_sum`; `text` has all but images and labels.
+
+    def embed(self, images: Array, text: Mapping[str, Array], length: int, *, deterministic: bool) -> Array:
+        """The residual stream before the language model's first layer, [B, S, D]."""
+        segments, tiles = text.get("segment_ids"), text.get("num_image_tiles")
+        return self._merged(images, text["tokens"], tiles, length, None, None, segments, deterministic)[1]
+
+    def run_layers(
+        self, x_BSD: Array, rows: Mapping[str, StackRows], images: Array, text: Mapping[str, Array], weights: Array,
+        *, deterministic: bool,
+    ) -> Array:  # fmt: skip
+        """x [B, S, D] through the layers that the parameters hold, which `rows` names."""
+        tokens, segments = text["tokens"], text.get("segment_ids")
+        slots = self._slots(images, tokens, text.get("num_image_tiles"), x_BSD.shape[1])
+        segments = None if segments is None else jnp.take_along_axis(segments, slots.token, axis=1)
+        model: Any = self.language_model
+        positions = model.positions(x_BSD, None, segments, None)
+        aux_weight = self._weights(slots, tokens, weights).sum()
+        inputs = model.layer_inputs(positions, segments, aux_weight=aux_weight)
+        return model.run_layers(x_BSD, inputs, rows, deterministic=deterministic)
+
+    def loss_sum_of_stream(
+        self, x_BSD: Array, images: Array, text: Mapping[str, Array], labels: Array, weights: Array
+    ) -> FusedLoss:
+        """`loss_sum` from the residual stream after the last layer, [B, S, D]."""
+        slots = self._slots(images, text["tokens"], text.get("num_image_tiles"), x_BSD.shape[1])
+        model: Any = self.language_model
+        weights = self._weights(slots, text["tokens"], weights)
+        return self._loss_sum(model.normed(x_BSD), slots, labels, weights)
+
+    def _slots(self, images: Array | None, tokens: Array, num_image_tiles: Array | None, length: int) -> Merge:
+        """Where everything goes in a sequence of so many slots."""
+        is_placeholder = tokens == self.config.image_token_index
+        tiles = _tiles_of_tokens(jnp, is_placeholder, images, num_image_tiles)
+        each = self.config.image_placeholders == "each"
+        spans = jnp.ones_like(tiles) if each else tiles * self.config.img_seq_len
+        return merge(is_placeholder, spans, length, rows_by_sample=images is not None and images.ndim == 5)
 
     def encode_images(self, images: Array, *, deterministic: bool = True) -> Array:
         """Tiles [N, C, H, W] -> embeddings [N, P, D] as the language model sees them, without tags."""
@@ -235,9 +281,7 @@ class LLaVAModel(nn.Module):
         length = sequence_length or self._length(tokens, images, num_image_tiles)
         tokens = jnp.asarray(tokens)
         is_placeholder = tokens == cfg.image_token_index
-        tiles = _tiles_of_tokens(jnp, is_placeholder, images, num_image_tiles)
-        spans = jnp.ones_like(tiles) if cfg.image_placeholders == "each" else tiles * cfg.img_seq_len
-        slots = merge(is_placeholder, spans, length, rows_by_sample=images is not None and images.ndim == 5)
+        slots = self._slots(images, tokens, num_image_tiles, length)
 
         if position_ids is None:
             position_ids = jnp.arange(tokens.shape[1])[None] if segment_ids is None else packed_positions(segment_ids)
