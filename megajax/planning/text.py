@@ -135,7 +135,7 @@ def formula_line(report: Report) -> str | None:
 
 def _formula(report: Report) -> list[str]:
     line = formula_line(report)
-    return [] if line is None else [f"  {line}"]
+    return [] if line is None else [f"  {part}" for part in line.split("; ")]
 
 
 def _collectives(report: Report) -> list[str]:
