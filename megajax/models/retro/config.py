@@ -29,6 +29,9 @@ class RetroConfig(TransformerConfig):
     retro_encoder_hidden_dropout: float = 0.1
     retro_encoder_attention_dropout: float = 0.1
     """Of the encoder's attention to itself; where it reads the chunk, `attention_dropout` counts."""
+    retro_encoder_rotary: bool = False
+    """A rotary embedding in the encoder's attention to itself, too. Megatron's has none: where positions are not
+    learned, its encoder takes a neighbour for a bag of tokens."""
     post_layer_norm: bool = False
     """A norm after the last layer. Megatron's RETRO has none."""
     retro_block_size: int = 8192
@@ -47,6 +50,11 @@ class RetroConfig(TransformerConfig):
             self.num_query_groups == self.num_attention_heads,
             f"num_query_groups={self.num_query_groups} must be num_attention_heads={self.num_attention_heads} in this"
             " family; drop it",
+        )
+        require(
+            not self.retro_encoder_rotary or self.position_embedding_type in ("rope", "yarn"),
+            f"retro_encoder_rotary=True has no effect with position_embedding_type={self.position_embedding_type!r};"
+            " use 'rope'",
         )
         for name in ("window_size", "heterogeneous_layers"):
             require(getattr(self, name) is None, f"{name} is not possible in this family; drop it")
@@ -72,7 +80,7 @@ class RetroConfig(TransformerConfig):
 
     @property
     def encoder_config(self) -> Self:
-        """The encoder's layers as a config of its own. They have no rotary embedding."""
+        """The encoder's layers as a config of its own."""
         return self.replace(
             num_layers=self.retro_encoder_num_layers,
             hidden_dropout=self.retro_encoder_hidden_dropout,

@@ -5,11 +5,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
+from megajax.models.common.embeddings.positions import rotary_embedding
 from megajax.models.retro.chunks import chunks, in_sequence, readers
 from megajax.models.retro.config import RetroConfig
 from megajax.ops.attention import AttentionMask
+from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import constrain, residual_stream_of
 from megajax.spec import Builder
 from megajax.transformer.attention import CrossAttention, CrossAttentionSubmodules
@@ -22,9 +25,9 @@ Array = jax.Array
 class RetroDecoderCrossAttention(nn.Module):
     """Attention of x [B, S, D] to the neighbours [F, R, D] of each chunk.
 
-    Megatron: `core/models/retro/decoder_attention.py`. A token reads what was found for the last whole chunk before it:
-    see `readers`. The first layer that does so also holds the encoder of the neighbours, and returns what it made of
-    them, for the layers behind it to read.
+    Megatron: `core/models/retro/decoder_attention.py`. A token reads what was found for the last chunk that is
+    complete: see `readers`. The first layer that does so also holds the encoder of the neighbours, and returns what it
+    made of them, for the layers behind it to read.
 
     Attributes:
       encoder_block_spec: the encoder's layers; None: the neighbours are encoded already.
@@ -61,5 +64,11 @@ class RetroDecoderCrossAttention(nn.Module):
         )
         with residual_stream_of(neighbors_FRD.shape[1]):
             neighbors_FRD = constrain(neighbors_FRD, "batch", "residual_seq", "act_embed")
-            neighbors_FRD = encoder(neighbors_FRD, LayerInputs(mask, context=chunks_CMD), deterministic=deterministic)
+            inputs = LayerInputs(mask, self._rotary(neighbors_FRD.shape[1]), context=chunks_CMD)
+            neighbors_FRD = encoder(neighbors_FRD, inputs, deterministic=deterministic)
         return constrain(neighbors_FRD, "batch", "seq", "act_embed")
+
+    def _rotary(self, length: int) -> Rotary | None:
+        """Of the places in a neighbour, which are counted from its start."""
+        embedding = rotary_embedding(self.config) if self.config.retro_encoder_rotary else None
+        return None if embedding is None else embedding.rotary(jnp.arange(length)[None, :])

@@ -62,7 +62,13 @@ def read_config(
 
 
 def write_config(config: RetroConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inverse of `read_config`."""
+    """The inverse of `read_config`.
+
+    Raises:
+      ConfigError: Megatron's model has no such option.
+    """
+    if config.retro_encoder_rotary:
+        raise ConfigError("retro_encoder_rotary=True cannot be expressed in a Megatron config, which has False")
     fields, arguments = megatron_settings(config)
     fields |= {name: getattr(config, name) for name in _SAME}
     # Megatron takes no config without it; it says nothing about the model.

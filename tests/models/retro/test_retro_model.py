@@ -113,6 +113,15 @@ def test_order_of_neighbors_and_shape_of_their_array_do_not_matter() -> None:
     assert_close(alone, expected[1:])
 
 
+def test_the_encoder_knows_the_order_of_tokens_where_it_has_positions() -> None:
+    tokens, context = texts(8)
+    backwards = context[..., ::-1]
+    rope = CONFIG.replace(position_embedding_type="rope")
+    for config, knows in ((rope, False), (rope.replace(retro_encoder_rotary=True), True)):
+        difference = np.abs(call(tokens, backwards, config) - call(tokens, context, config)).max()
+        assert (difference > 1e-2) == knows
+
+
 def test_hidden_tokens_of_neighbors_change_nothing() -> None:
     tokens, context = texts(12, batch=2)
     mask = np.random.default_rng(0).random(context.shape) < 0.7
@@ -221,6 +230,7 @@ def test_a_plain_config_will_do() -> None:
         ({"retro_encoder_hidden_dropout": 1.0}, "retro_encoder_hidden_dropout=1.0"),
         ({"num_query_groups": 1}, "num_query_groups=1"),
         ({"window_size": (4, 0)}, "window_size"),
+        ({"retro_encoder_rotary": True}, "retro_encoder_rotary=True has no effect with position_embedding_type="),
         ({"mtp_num_layers": 1}, "mtp_num_layers"),
     ],
 )

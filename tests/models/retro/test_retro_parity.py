@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from megajax.config import ConfigError
 from megajax.interop import megatron
 from megajax.interop.pretrained import Pretrained
 
@@ -90,6 +91,13 @@ def test_megatron_weights_round_trip(tmp_path: Path) -> None:
         np.testing.assert_array_equal(saved[name], value, err_msg=name)
     megatron.save_folder(pretrained, tmp_path)
     assert megatron.load_folder(tmp_path, "retro").config == pretrained.config
+
+
+def test_what_megatron_has_no_name_for_is_not_written(tmp_path: Path) -> None:
+    pretrained: Any = from_megatron()
+    config = pretrained.config.replace(position_embedding_type="rope", retro_encoder_rotary=True)
+    with pytest.raises(ConfigError, match="retro_encoder_rotary=True cannot be expressed"):
+        megatron.save_folder(pretrained._replace(config=config), tmp_path)
 
 
 def _te_name(name: str) -> str:
