@@ -240,7 +240,7 @@ def over_stages(
 
     def call(params: Params, rows: Tree, work: Work) -> Any:
         samples = replicas.of_batch
-        work_specs = Work(jax.tree.map(lambda _: samples, dict(work.batch)), samples, samples, PartitionSpec())
+        work_specs = Work(jax.tree.map(lambda _: samples, dict(work.batch)), samples, samples, PartitionSpec())  # type: ignore[arg-type]
         in_specs = (manual_part(specs, (PP,)), PartitionSpec(PP), work_specs)
         axes = {PP, *replicas.axes}
         whole = jax.shard_map(apart, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
