@@ -40,12 +40,15 @@ class CLIPVisionTransformer(VisionModule):
     def __call__(
         self, images: Array, *, pooled: bool = False, num_layers: int | None = None, deterministic: bool = True
     ) -> Array:
-        """images [B, C, H, W] -> tokens [B, S, D], class tokens first.
+        """images float [B, C, H, W] -> tokens [B, S, D] in the compute dtype, class tokens first.
 
         Args:
           pooled: one vector an image instead, [B, D]; see `VisionConfig.pooler`.
           num_layers: stop after so many layers, before the final norm.
           deterministic: False draws dropout from the "dropout" rng.
+
+        Raises:
+          ConfigError: images of another size than img_h, img_w.
         """
         cfg = self.config
         if images.shape[2:] != (cfg.img_h, cfg.img_w):

@@ -67,7 +67,7 @@ class RADIOModel(VisionModule):
         num_layers: int | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """images [B, C, H, W], of any number of whole patches -> tokens [B, S, D], class tokens first.
+        """images float [B, C, H, W], of whole patches -> tokens [B, S, D] in the compute dtype, class tokens first.
 
         Args:
           hidden: bool [B, h w], patches that are replaced by the mask token.
