@@ -328,6 +328,17 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
             changes |= {"moe_layer_freq": 1} | ({} if self.is_moe_layer(index) else dense)
         return dataclasses.replace(self, **changes)
 
+    def for_further_layer(self, depth: int) -> Self:
+        """The config of the layer of multi-token prediction `depth` (from 0).
+
+        It is like the last one; `window_attn_skip_freq` as a number goes on counting, as in Megatron.
+        """
+        last, freq = self.for_layer(self.num_layers - 1), self.window_attn_skip_freq
+        if not isinstance(freq, int):
+            return last
+        windowed = (self.num_layers + depth + 1) % freq != 0
+        return dataclasses.replace(last, window_size=self.window_size if windowed else None)
+
     @property
     def frozen_parameters(self) -> tuple[str, ...]:
         """Names at the top of the parameter tree below which training changes nothing."""

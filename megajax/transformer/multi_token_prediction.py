@@ -33,19 +33,20 @@ def rolled_weights(weights_BS: Array, segment_ids_BS: Array | None = None) -> Ar
 class MultiTokenPredictionLayer(nn.Module):
     """`norm(layer(eh_proj([norm(embedding), norm(hidden)])))`: hidden states of the next depth, [B, S, D].
 
-    Megatron: `transformer/multi_token_prediction.py`.
+    depth: from 0. Megatron: `transformer/multi_token_prediction.py`.
     """
 
     config: TransformerConfig
     layer_spec: Builder
     layer_norm: Builder
     linear: Builder
+    depth: int = 0
 
     def setup(self) -> None:
         cfg = self.config
         self.enorm, self.hnorm = self.layer_norm(config=cfg), self.layer_norm(config=cfg)
         self.eh_proj = self.linear(config=cfg, features=cfg.hidden_size, axis="mlp", use_bias=False)
-        self.transformer_layer = self.layer_spec(config=cfg.for_layer(cfg.num_layers - 1))
+        self.transformer_layer = self.layer_spec(config=cfg.for_further_layer(self.depth))
         self.final_layernorm = self.layer_norm(config=cfg)
 
     def __call__(self, hidden_BSD: Array, embedded_BSD: Array, inputs: dict[str, Any], *, deterministic: bool) -> Array:

@@ -88,7 +88,8 @@ class GPTModel(nn.Module):
         if cfg.mtp_num_layers:
             norm, linear = self.backend.layer_norm(cfg), self.backend.column_parallel_linear()
             self.mtp = [
-                MultiTokenPredictionLayer(cfg, self.layer_specs[-1], norm, linear) for _ in range(cfg.mtp_num_layers)
+                MultiTokenPredictionLayer(cfg, self.layer_specs[-1], norm, linear, depth)
+                for depth in range(cfg.mtp_num_layers)
             ]
 
     def __call__(

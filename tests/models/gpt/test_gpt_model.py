@@ -196,3 +196,13 @@ def test_missing_sizes_are_named() -> None:
         gpt(config).init(jax.random.key(0), TOKENS)
     with pytest.raises(ConfigError, match="max_sequence_length=None"):
         gpt(config, vocab_size=29).init(jax.random.key(0), TOKENS)
+
+
+def test_layers_of_multi_token_prediction_go_on_counting_in_a_window_pattern() -> None:
+    """Megatron numbers them on: `layer_number + num_layers` in `multi_token_prediction.py`."""
+    config = TransformerConfig(
+        num_layers=4, hidden_size=16, num_attention_heads=2, window_size=(4, 0), window_attn_skip_freq=3
+    )
+    layers = [config.for_layer(index).window_size for index in range(4)]
+    further = [config.for_further_layer(depth).window_size for depth in range(3)]
+    assert layers + further == [(4, 0), (4, 0), None, (4, 0), (4, 0), None, (4, 0)]
