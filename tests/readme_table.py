@@ -78,8 +78,8 @@ def _load(path: Path) -> ModuleType:
 
 
 def _use(layout: Any, model: str) -> Use:
-    fields = {name: value for name, value in vars(layout).items() if name in Use._fields}
-    return Use(**fields | {"model": model})
+    fields: dict[str, Any] = {name: value for name, value in vars(layout).items() if name in Use._fields}
+    return Use(**{**fields, "model": model})
 
 
 def uses() -> list[Use]:

@@ -324,7 +324,7 @@ def make(case: str) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
     ids = np.random.default_rng(5).integers(0, 32, (2, 40)).astype(np.int32)
     logits = run(folder, ids)
-    more = gradients(model, ids, folder) if case in WITH_GRADIENTS else {}
+    more: dict = gradients(model, ids, folder) if case in WITH_GRADIENTS else {}
     np.savez_compressed(folder / "expected.npz", input_ids=ids, logits=logits, **more)
     moved = np.abs(run(folder, ids, changes) - logits).max()
     print(f"{case}: logits up to {np.abs(logits).max():.2f}, moved by {moved:.3f}")
