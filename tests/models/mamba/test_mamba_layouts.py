@@ -74,6 +74,8 @@ SLOW = [
     Layout("hybrid_experts", devices=4, ep=2, cp=2, zero=3),
     Layout("hybrid_experts", devices=4, ep=2, pp=2),
     Layout("hybrid_experts", ep=2, zero=2),
+    Layout("shared_blocks", devices=2),
+    Layout("shared_blocks", devices=2, zero=2),
 ]
 LAYOUTS = [
     *SLOW,
@@ -93,8 +95,6 @@ LAYOUTS = [
     Layout("one_group", devices=4, pp=4, mbs=2, engine="table"),
     Layout("hybrid_experts", ep=2, tp=2, sp=True, zero=3),
     Layout("shared_blocks", cp=2, tp=2, sp=True, zero=3),
-    Layout("shared_blocks", devices=2),
-    Layout("shared_blocks", devices=2, zero=2),
 ]
 
 
