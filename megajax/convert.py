@@ -48,6 +48,9 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--from {source} {src}: there is no such folder")
     if src.resolve() == dst.resolve():
         raise ConfigError(f"--to {target} {dst}: is the source itself; choose another folder")
+    from megajax.parallel.devices import find_devices
+
+    find_devices()
     pretrained = read(source, src)
     write(target, pretrained, dst)
     print(f"{dst}: {pretrained.family}, {count(pretrained):,} parameters", file=sys.stderr)

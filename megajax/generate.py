@@ -39,7 +39,9 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"{options.source}: there is no such folder; give a run, its checkpoints or a model")
     from megajax.data.tokenizers import build_tokenizer
     from megajax.inference.generate import Sampling
+    from megajax.parallel.devices import find_devices
 
+    find_devices()
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     tokenizer = build_tokenizer(options.tokenizer or find_tokenizer(source))
     pretrained = read(source)

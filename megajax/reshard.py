@@ -67,6 +67,9 @@ def main(argv: list[str]) -> None:
     destination = options.dst.expanduser().absolute()
     if destination.exists() or destination.is_symlink():
         raise ConfigError(f"{destination}: exists already; give a new folder")
+    from megajax.parallel.devices import find_devices
+
+    find_devices()
     source = _source(options.src.expanduser().absolute(), options.step)
     leaves = {
         name: _as_dtype(leaf, options.dtype) if name.startswith("params/") else leaf

@@ -34,9 +34,11 @@ def print_sharding(config: Config, devices: str) -> int:
     import jax
 
     from megajax.data.tokenizers import build_tokenizer
+    from megajax.parallel.devices import find_devices
     from megajax.training.setup import fit_config
     from megajax.training.sharding_table import sharding_table
 
+    find_devices()
     family, present = FAMILIES[config.model_family], jax.device_count()
     config = fit_config(config, family, build_tokenizer(config.data.tokenizer))
     print(sharding_table(config, family, devices=int(devices) if devices else None, present=present))

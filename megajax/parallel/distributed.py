@@ -18,6 +18,7 @@ from megajax import cli
 from megajax.config_checks import ConfigError
 from megajax.config_distributed import DistributedConfig
 from megajax.parallel.cluster import find_cluster
+from megajax.parallel.devices import find_devices
 from megajax.parallel.lifeline import Lifeline, meet
 
 _VERDICT_SECONDS = 5.0
@@ -38,6 +39,7 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     """
     cluster = find_cluster(config, os.environ)
     if cluster is None:
+        find_devices()
         yield
         return
     timeout = round(config.distributed_timeout_minutes * 60)
