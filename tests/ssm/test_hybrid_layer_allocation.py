@@ -23,7 +23,7 @@ def test_an_override_that_agrees_with_the_ratios():
 
 
 def test_the_index_of_a_layer_among_its_kind():
-    assert layer_maps("M*-MEM") == {"M": {0: 0, 3: 1, 5: 2}, "*": {1: 0}, "-": {2: 0}, "E": {4: 0}}
+    assert layer_maps("M*-MEM") == {"M": {0: 0, 3: 1, 5: 2}, "*": {1: 0}, "-": {2: 0}, "E": {4: 0}, "S": {}}
 
 
 def test_equal_layers_have_equal_configs():
