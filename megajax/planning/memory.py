@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 from megajax.config import Config, TransformerConfig
 from megajax.parallel.aot import Target
 from megajax.parallel.live_memory import LiveBuffer
+from megajax.parallel.mesh import ZERO_AXES
+from megajax.parallel.replicas import manual_part
 from megajax.training.ahead import Compiled, held_bytes
 
 USABLE = 0.92
 """Of a GPU's memory, what a program may take; CUDA, NCCL and fragments need the rest."""
+
+_STATE = "state."  # where the step's argument is that an array was copied from
 
 _LARGEST = 12
 _PLUMBING = frozenset({"while", "body", "closed_call", "checkpoint", "rematted_computation", "cond"})
@@ -38,7 +43,7 @@ class Memory:
       parameters, optimizer, batch: by arithmetic (`megajax.training.ahead.held_bytes`).
       gradients: what is alive of them at the peak, those of a microbatch beside the sums: fp32 of a parameter's shape.
       activations: what else waits for something later at the peak, activations kept for the backward pass above all.
-      temporaries: working space of what runs at the peak.
+      temporaries: working space of what runs at the peak, and copies of parameters in another layout.
       peak: of the compiled program, by its buffer assignment, gaps between buffers included.
       capacity, card: what is usable of the GPU, and all of it.
       gradient_sums: by arithmetic: what a step adds gradients up in.
@@ -66,8 +71,14 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of the parts; the peak is larger by gaps between buffers."""
+        """Sum of the parts but for the gaps."""
         return self.parameters + self.gradients + self.optimizer + self.batch + self.activations + self.temporaries
+
+    @property
+    def gaps(self) -> int:
+        """What no part accounts for: XLA lays all that is not an argument into one allocation, where some bytes between
+        buffers stay empty at the peak."""
+        return self.peak - self.total
 
     @property
     def formula_ratio(self) -> float | None:
@@ -80,34 +91,44 @@ def memory_of(compiled: Compiled, gpu: Target, *, fused_attention: bool) -> Memo
     held, program = held_bytes(compiled), compiled.program
     of_program = compiled.executable.memory_analysis()
     beside = of_program.output_size_in_bytes - of_program.alias_size_in_bytes
-    live = [buffer for buffer in compiled.live if not buffer.argument]
     shapes = _gradient_shapes(compiled)
-    gradients = [buffer for buffer in live if buffer.dtype == "f32" and buffer.shape in shapes]
-    others = [buffer for buffer in live if not (buffer.dtype == "f32" and buffer.shape in shapes)]
+    parts: dict[str, int] = {"gradients": 0, "temporaries": 0, "activations": 0}
+    for buffer in compiled.live:
+        if buffer.op_name.startswith(_STATE):
+            part = "temporaries"
+        elif buffer.dtype == "f32" and buffer.shape in shapes:
+            part = "gradients"
+        else:
+            part = "temporaries" if buffer.local else "activations"
+        parts[part] += buffer.size
     return Memory(
         parameters=held.parameters,
-        gradients=sum(buffer.size for buffer in gradients),
+        gradients=parts["gradients"],
         optimizer=held.optimizer,
         batch=held.batch,
-        activations=sum(buffer.size for buffer in others if not buffer.local),
-        temporaries=sum(buffer.size for buffer in others if buffer.local),
+        activations=parts["activations"],
+        temporaries=parts["temporaries"],
         peak=of_program.argument_size_in_bytes + beside + of_program.temp_size_in_bytes,
         capacity=int(USABLE * gpu.memory),
         card=gpu.memory,
         gradient_sums=held.gradients,
         formula=megatron_activations(program.config, compiled.num_microbatches, fused_attention=fused_attention),
-        largest=_largest(live),
+        largest=_largest(compiled.live),
     )
 
 
 def _gradient_shapes(compiled: Compiled) -> set[tuple[int, ...]]:
-    """Shapes of parameters on a device, and as a pipeline sees them, [chunks, rows, ...]; only of two dims and more."""
+    """Shapes of parameters on a device, whole over the axes of ZeRO or not, and as a pipeline sees them,
+    [chunks, rows, ...]; only of two dims and more.
+    """
     chunks = compiled.program.config.parallel.num_virtual_stages_per_pipeline_rank
     shapes = set()
     for leaf in jax.tree.leaves(compiled.program.abstract_state.params):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        if len(shape) >= 2:
-            shapes |= {shape, (chunks, shape[0] // chunks, *shape[1:]), (shape[0] // chunks, *shape[1:])}
+        axes = [axis for axis in leaf.sharding.mesh.axis_names if axis not in ZERO_AXES]
+        gathered = NamedSharding(leaf.sharding.mesh, manual_part(leaf.sharding.spec, tuple(axes)))
+        for shape in (leaf.sharding.shard_shape(leaf.shape), gathered.shard_shape(leaf.shape)):
+            if len(shape) >= 2:
+                shapes |= {shape, (chunks, shape[0] // chunks, *shape[1:]), (shape[0] // chunks, *shape[1:])}
     return shapes
 
 

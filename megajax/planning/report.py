@@ -114,7 +114,7 @@ class Report:
             **{name: getattr(self, name) for name in ("parameters", "samples", "tokens", "num_microbatches")},
             "fits": memory.fits,
             "memory": dataclasses.asdict(memory)
-            | {"sum_of_parts": memory.total, "formula_ratio": memory.formula_ratio}
+            | {"sum_of_parts": memory.total, "gaps": memory.gaps, "formula_ratio": memory.formula_ratio}
             | {"largest": [holder._asdict() for holder in memory.largest]},
             "flops": {
                 "model": self.model_flops,

@@ -57,7 +57,7 @@ def memory_rows(report: Report) -> list[tuple[str, int]]:
         ("activations that wait", memory.activations),
         ("working space", memory.temporaries),
         ("batch", memory.batch),
-        ("gaps between buffers", memory.peak - memory.total),
+        ("gaps between buffers", memory.gaps),
     ]
 
 

@@ -49,7 +49,7 @@ def test_bytes_are_those_of_arithmetic():
     assert 0 <= memory.optimizer - 8 * (divided // 2 // 4 + NORMS) < 256
     assert memory.gradient_sums == memory.parameters
     assert memory.batch == 4 * (BATCH // 4) * SEQ * 4, "four arrays of int32 or fp32"
-    assert memory.fits and memory.total <= memory.peak  # so small a program is mostly gaps
+    assert memory.fits and 0 <= memory.gaps < 0.01 * memory.peak
 
 
 @needs_aot
@@ -70,6 +70,7 @@ def test_a_pipeline_idles_as_the_papers_say():
     for engine in ("lockstep", "table"):
         report = planned(*PP, "--pipeline-engine", engine)
         assert report.num_microbatches == 8
+        assert 0 <= report.memory.gaps < 0.01 * report.memory.peak
         assert report.bubble == pytest.approx((2 - 1) / 8)
         idle = report.executed_flops / 9 if engine == "lockstep" else 0  # one tick of nine
         assert report.idle_flops == pytest.approx(idle)
@@ -95,7 +96,7 @@ def test_steps_that_only_look_need_less():
     train, evaluation = planned(*TP), planned(*TP, step="eval")
     assert evaluation.memory.peak < train.memory.peak
     assert evaluation.memory.optimizer == evaluation.memory.gradients == evaluation.memory.gradient_sums == 0
-    assert evaluation.memory.total == pytest.approx(evaluation.memory.peak, rel=0.1)
+    assert 0 <= evaluation.memory.gaps < 0.01 * evaluation.memory.peak
     per_sample = evaluation.model_flops / evaluation.samples, train.model_flops / train.samples
     assert per_sample[0] == pytest.approx(per_sample[1] / 3)
 
