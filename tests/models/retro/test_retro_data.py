@@ -140,6 +140,9 @@ FLAGS = (
 )
 
 
+LEARNED = "--position-embedding-type learned_absolute --no-retro-encoder-rotary"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -148,8 +151,14 @@ FLAGS = (
         ("--cp 2", "context_parallel_size=2: --model retro does not divide its sequences; set it to 1"),
         ("--pp 2", "pipeline_model_parallel_size=2"),
         ("--reset-attention-mask", "reset_attention_mask=True is not possible for --model retro"),
-        ("--max-sequence-length 31", "max_sequence_length=31 is less than the 32 tokens of a sequence"),
-        ("--seq-length 8 --max-sequence-length 8", "max_sequence_length=8 is less than the 16 tokens"),
+        (
+            f"--max-sequence-length 31 {LEARNED}",
+            "max_sequence_length=31 is less than the 32 tokens of a sequence",
+        ),
+        (
+            f"--seq-length 8 --max-sequence-length 8 {LEARNED}",
+            "max_sequence_length=8 is less than the 16 tokens",
+        ),
         ("--retro-num-neighbors 0", "--retro-num-neighbors=0 must be greater than 0"),
         ("--vocab-size 5", "vocab_size=5 is less than the 257 ids"),
     ],
