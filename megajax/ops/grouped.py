@@ -108,6 +108,15 @@ def place(ids_NK: Array, starts_E: Array, rows: int) -> Placement:
     return _placement(ids_NK, rank, starts_E, rows)
 
 
+def block_for(rows: int, least: int) -> int:
+    """Rows that a group is rounded up to where an expert gets `rows` on average: `least`, and more for many rows.
+
+    For each block an expert's kernel is read anew, and of 128 rows a GPU reads it for longer than it computes; half a
+    block of each group is computed in vain. So a power of two of at most an eighth of the rows, and at most 512.
+    """
+    return max(least, min(512, 1 << max(0, (rows // 8).bit_length() - 1)))
+
+
 def place_grouped(ids_NK: Array, num_experts: int, rows: int, block: int) -> tuple[Placement, Groups]:
     """Expert after expert, each group rounded up to `block` rows: what a grouped matrix product reads."""
     rank, counts = rank_in_expert(ids_NK, num_experts)

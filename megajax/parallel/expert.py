@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from megajax.config import ConfigError
-from megajax.ops.grouped import DropPolicy, Groups, capacity, drop
+from megajax.ops.grouped import DropPolicy, Groups, block_for, capacity, drop
 from megajax.parallel.expert_exchange import Axes, Exchange, MeshAxes, Sent, Work, exchange_of
 
 Array = jax.Array
@@ -47,7 +47,7 @@ class Dispatcher:
     capacity_factor: an expert takes ceil(T * K / E * factor) rows from each device, None all it is given. The rest is
     dropped: the least probable or the last ones (`drop_policy`). pad_to_capacity: experts read fixed shapes [e, C, D].
     `alltoall` always does, since its messages have fixed shapes; results never depend on it. block: rows that a group
-    of the grouped layout is rounded up to; GPU kernels like 128.
+    of the grouped layout is rounded up to, at least (`megajax.ops.grouped.block_for`); GPU kernels like 128.
     """
 
     kind: Literal["allgather", "alltoall", "ragged"] = "allgather"
@@ -221,7 +221,11 @@ class ExpertSteps:
         if dispatcher.capacity_factor is not None:
             limit = capacity(self.tokens, top_k, self.num_experts, dispatcher.capacity_factor)
         fn = fn or _no_experts
-        work = Work(fn, self.num_experts, limit, dispatcher.block, dispatcher.pad_to_capacity, self.axes)
+        gathered = self.axes.gathered((*self.axes.ep, *self.axes.etp))
+        mesh = jax.sharding.get_abstract_mesh()
+        rows = self.tokens * math.prod(mesh.shape[axis] for axis in gathered) * top_k // self.num_experts
+        block = block_for(rows, dispatcher.block)
+        work = Work(fn, self.num_experts, limit, block, dispatcher.pad_to_capacity, self.axes)
         return exchange_of(dispatcher.kind, limit), work
 
     def _send(self, x: Array, expert_ids: Array, probs: Array) -> Sent:

@@ -110,13 +110,13 @@ class _Value(NamedTuple):
 
 
 def _values(report: str, assignment: str) -> Iterator[_Value]:
-    """All but those in arguments, which are there at all times, and inside of kernels."""
+    """All but those in arguments, which are there at all times, in constants, and inside of kernels."""
     lives = {(name, index): (int(first), int(last)) for name, index, first, last in _RANGE.findall(report)}
     base, size, counts = 0, 0, False
     for line in assignment.splitlines():
         if allocation := _ALLOCATION.match(line):
             base, size = base + size, int(allocation[1])
-            counts = not allocation[2].startswith(("parameter", "thread-local"))
+            counts = not allocation[2].startswith(("parameter", "thread-local", "constant"))
         elif counts and (value := _VALUE.match(line)):
             name, index, length, offset, kind = value.groups()
             life = lives.get((name, index or ""))

@@ -11,6 +11,7 @@ import jax
 
 from megajax.config import Config, TransformerConfig
 from megajax.models.family import Family
+from megajax.ops.grouped import block_for
 from megajax.parallel.aot import absent_gpus, target_of
 from megajax.parallel.mesh import describe
 from megajax.parallel.pipeline import Lockstep
@@ -198,7 +199,7 @@ def report_of(compiled: Compiled, target: str) -> Report:
 
 
 _BLOCK = 128
-"""Rows that experts read at a time (`megajax.transformer.moe`)."""
+"""Rows that experts read at a time, at least (`megajax.transformer.moe`)."""
 
 
 def _blocks_of_rows(config: Config) -> int:
@@ -211,7 +212,8 @@ def _blocks_of_rows(config: Config) -> int:
     tokens = config.data.seq_length * config.train.micro_batch_size // parallel.context_parallel_size
     rows = tokens * (model.moe_router_topk or 1) * parallel.resolved_expert_tensor_parallel_size
     rows //= parallel.tensor_model_parallel_size
-    return rows // _BLOCK + model.num_moe_experts // parallel.expert_model_parallel_size // 2
+    experts = model.num_moe_experts // parallel.expert_model_parallel_size
+    return rows // block_for(rows // experts, _BLOCK) + experts // 2
 
 
 def _recompute(model: TransformerConfig) -> str:

@@ -77,6 +77,11 @@ def test_groups_are_rounded_up() -> None:
     assert bias[:, 0].tolist() == [1.0] * 4 + [3.0] * 8 + [0.0] * 4
 
 
+@pytest.mark.parametrize(("rows", "block"), [(0, 128), (1, 128), (2047, 128), (2048, 256), (4096, 512), (10**6, 512)])
+def test_blocks_grow_with_the_rows(rows: int, block: int) -> None:
+    assert grouped.block_for(rows, 128) == block
+
+
 def test_permute_and_unpermute_are_transposes() -> None:
     r = np.random.default_rng(0)
     ids = jnp.array([r.permutation(5)[:3] for _ in range(6)], jnp.int32)

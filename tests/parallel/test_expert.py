@@ -244,6 +244,20 @@ def test_without_a_mesh() -> None:
         assert_close(f(x, ids, probs, params), expected)
 
 
+def test_many_rows_are_read_in_larger_blocks() -> None:
+    """256 rows an expert on average, some have thousands and one none: the same tokens, many times."""
+    x, params, ids, probs, _ = inputs()
+    expected = dense(x, params, probs, one_hot(ids))
+    many = [np.tile(array, (1, 64, 1)) for array in (x, ids, probs)]
+    case = CASES[0]
+    with jax.set_mesh(make_mesh(**case.mesh)):
+        step = jax.jit(lambda x, ids, probs: run(case, x, params, ids, probs)).lower(*many).compile()
+        got = step(*many)
+    assert_close(got, np.tile(expected, (1, 64, 1)))
+    rows_of_products = re.findall(rf"f32\[(\d+),{F}\]\S* dot\(", step.as_text() or "")
+    assert set(rows_of_products) == {"32"}
+
+
 def test_ragged_lowers_for_a_gpu() -> None:
     """Two exchanges of rows and one of probabilities, and as many for the gradients."""
     case = next(case for case in CASES if case.name == "ragged")
