@@ -176,7 +176,10 @@ class _Program:
                 trips = instruction.trips or self.turns
                 inside = Where((*where.loops, instruction.trips), where.conditional)
                 for called in instruction.called:
-                    run.add(self.run(called, inside), trips)
+                    turn = self.run(called, inside)
+                    if _RERUN in instruction.op_name:  # a body that loops share is named after one of them
+                        turn.recomputed = turn.flops
+                    run.add(turn, trips)
             elif opcode == "conditional":
                 run.add(self._conditional(instruction, where))
             elif opcode == "call":
@@ -219,17 +222,8 @@ class _Program:
         times = math.prod(trips or self.turns for trips in where.loops)
         covered = run.compute - pending.compute
         run.clock += waited
-        self.transfers.append(
-            Transfer(
-                pending.collective,
-                times,
-                asynchronous,
-                pending.network,
-                times * pending.seconds,
-                times * covered,
-                times * waited,
-            )
-        )
+        seconds = (times * each for each in (pending.seconds, covered, waited))
+        self.transfers.append(Transfer(pending.collective, times, asynchronous, pending.network, *seconds))
 
     def _operate(self, instruction: Instruction, run: _Run, where: Where) -> None:
         work = [(inner, _flops(inner)) for inner in self._inside(instruction)]
@@ -291,11 +285,14 @@ def _flops(instruction: Instruction) -> int:
     return attention_flops(instruction) if "__cudnn$fmha" in instruction.attributes else 0
 
 
+_RERUN = "rematted_computation"
+
+
 def _recomputed(instruction: Instruction) -> float:
     """The share of its FLOPs that were done before: all under `jax.checkpoint`'s second run, as JAX names it, and one
     of the five products of fused attention's backward pass, the scores.
     """
-    if "rematted_computation" in instruction.op_name:
+    if _RERUN in instruction.op_name:
         return 1.0
     return 0.2 if "__cudnn$fmha" in instruction.attributes and "Backward" in instruction.attributes else 0.0
 

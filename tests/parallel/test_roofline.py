@@ -133,6 +133,14 @@ def test_turns_that_only_a_run_knows():
         assert found.transfers[0].times == turns
 
 
+def test_a_loop_that_runs_again_is_recomputed_whatever_its_body_is_called():
+    text = looped("%idle", "%busy").replace("rematted_computation", "forward")
+    again = text.replace("body=%body,", 'body=%body, metadata={op_name="transpose/rematted_computation/while"},')
+    assert estimate(text, mesh(), GPU).recomputed == 0
+    found = estimate(again, mesh(), GPU)
+    assert found.recomputed == found.flops == 10 * 2 * 1024**3
+
+
 def test_devices_that_differ_wait_for_the_slowest():
     found = estimate(looped("%idle", "%busy", "%busy"), mesh(), GPU, {3: (0.5, 0.25, 0.25)})
     assert found.flops == pytest.approx(0.5 * 10 * 2 * 1024**3)
