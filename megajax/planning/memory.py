@@ -15,7 +15,9 @@ from megajax.parallel.aot import Target
 from megajax.parallel.live_memory import LiveBuffer
 from megajax.parallel.mesh import ZERO_AXES
 from megajax.parallel.replicas import manual_part
+from megajax.parallel.sharding import spec_of
 from megajax.training.ahead import Compiled, held_bytes
+from megajax.training.state import is_axes
 
 USABLE = 0.92
 """Of a GPU's memory, what a program may take; CUDA, NCCL and fragments need the rest."""
@@ -118,15 +120,18 @@ def memory_of(compiled: Compiled, gpu: Target, *, fused_attention: bool) -> Memo
 
 
 def _gradient_shapes(compiled: Compiled) -> set[tuple[int, ...]]:
-    """Shapes of parameters on a device, whole over the axes of ZeRO or not, and as a pipeline sees them,
-    [chunks, rows, ...]; only of two dims and more.
+    """Shapes of parameters on a device, divided by ZeRO or not, and as a pipeline sees them, [chunks, rows, ...]; only
+    of two dims and more.
     """
-    chunks = compiled.program.config.parallel.num_virtual_stages_per_pipeline_rank
+    program = compiled.program
+    chunks = program.config.parallel.num_virtual_stages_per_pipeline_rank
+    whole_axes = tuple(axis for axis in program.mesh.axis_names if axis not in ZERO_AXES)
     shapes = set()
-    for leaf in jax.tree.leaves(compiled.program.abstract_state.params):
-        axes = [axis for axis in leaf.sharding.mesh.axis_names if axis not in ZERO_AXES]
-        gathered = NamedSharding(leaf.sharding.mesh, manual_part(leaf.sharding.spec, tuple(axes)))
-        for shape in (leaf.sharding.shard_shape(leaf.shape), gathered.shard_shape(leaf.shape)):
+    names_of_leaves = jax.tree.leaves(program.axes.params, is_leaf=is_axes)
+    for leaf, names in zip(jax.tree.leaves(program.abstract_state.params), names_of_leaves, strict=True):
+        specs = {spec_of(names, table) for table in (program.rules.table, program.rules.optimizer_table)}
+        for spec in (*specs, *(manual_part(spec, whole_axes) for spec in specs)):
+            shape = NamedSharding(program.mesh, spec).shard_shape(leaf.shape)
             if len(shape) >= 2:
                 shapes |= {shape, (chunks, shape[0] // chunks, *shape[1:]), (shape[0] // chunks, *shape[1:])}
     return shapes

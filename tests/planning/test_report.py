@@ -53,6 +53,14 @@ def test_bytes_are_those_of_arithmetic():
 
 
 @needs_aot
+@pytest.mark.parametrize("zero", ["1", "2", "3"])
+def test_gradients_are_found_however_zero_divides_them(zero: str):
+    memory = planned("--tp", "2", "--sequence-parallel", "--zero", zero).memory
+    assert memory.gradients >= memory.gradient_sums - 4 * NORMS, "the sums are alive at any peak of a backward pass"
+    assert 0 <= memory.gaps < 0.05 * memory.peak, "of so small a program real ones are 2.5%"
+
+
+@needs_aot
 def test_flops_are_those_of_the_model_and_what_is_recomputed():
     report = planned(*TP)
     tokens = BATCH * SEQ
