@@ -321,8 +321,9 @@ def _changed_settings(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list
     if saved["family"] != here["family"]:
         changed.append(f"model {saved['family']} there, {here['family']} here")
     mine, theirs = here["model_config"], saved["model_config"]
-    names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-    changed += [f"{name}={theirs.get(name)} there, {mine.get(name)} here" for name in names]
+    # What only one of them has is an option that the other's version of megajax does not know.
+    names = sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
+    changed += [f"{name}={theirs[name]} there, {mine[name]} here" for name in names]
     return changed
 
 
