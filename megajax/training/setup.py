@@ -158,7 +158,11 @@ def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:
     by_samples = family.loss_by_samples and config.model.num_moe_experts is None
     if config.parallel.zero > 1 or not by_samples or config.model.draws_noise:
         return ALIKE
-    axes = tuple(axis for axis in REPLICA_AXES if drawn.mesh.shape[axis] > 1)
+    sizes = drawn.mesh.shape
+    several = [axis for axis in REPLICA_AXES if sizes[axis] > 1]
+    # With the axes of size 1 before them: of nested regions XLA wants the axes in the order of the mesh (JAX 0.12).
+    before = drawn.mesh.axis_names[: drawn.mesh.axis_names.index(several[-1])] if several else ()
+    axes = tuple(axis for axis in before if sizes[axis] == 1 or axis in several) + tuple(several[-1:])
     return Replicas(axes, sharding.specs_of_axes(drawn.param_axes, drawn.rules.optimizer_table))
 
 
