@@ -76,23 +76,25 @@ class Replicas:
         mesh = jax.sharding.get_abstract_mesh()
         others = tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and axis not in ZERO_AXES)
         places = manual_part(self.specs, others)
+        several = tuple(axis for axis in self.axes if mesh.shape[axis] > 1)
         each = jax.shard_map(
-            lambda tree: jax.tree.map(self._reduced, tree, self.specs),
+            lambda tree: jax.tree.map(lambda leaf, spec: _reduced(leaf, spec, several), tree, self.specs),
             in_specs=(places,),
             out_specs=places,
             axis_names=set(others),
             check_vma=False,
         )
-        return each(gradients), jax.lax.psum(loss, self.axes)
+        return each(gradients), jax.lax.psum(loss, several)
 
-    def _reduced(self, gradient: Array, spec: PartitionSpec) -> Array:
-        rest = self.axes
-        for dim, entry in enumerate(spec):
-            scattered = tuple(axis for axis in names_of(entry) if axis in rest)
-            if scattered:
-                gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=dim, tiled=True)
-                rest = tuple(axis for axis in rest if axis not in scattered)
-        return jax.lax.psum(gradient, rest) if rest else gradient
+
+def _reduced(gradient: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
+    rest = axes
+    for dim, entry in enumerate(spec):
+        scattered = tuple(axis for axis in names_of(entry) if axis in rest)
+        if scattered:
+            gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=dim, tiled=True)
+            rest = tuple(axis for axis in rest if axis not in scattered)
+    return jax.lax.psum(gradient, rest) if rest else gradient
 
 
 ALIKE = Replicas()
