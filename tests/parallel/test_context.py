@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -340,6 +341,13 @@ def test_zigzag_order() -> None:
     assert zigzag_indices(5, 1).tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ConfigError, match=r"12 tokens is not divisible by 8 .*cp_comm_type.*context_parallel_size"):
         zigzag_indices(12, 4)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_zigzag_gives_every_device_the_tokens_that_megatron_gives_it(golden: Path, shards: int) -> None:
+    expected = np.load(golden / "mcore_cp_slices" / "outputs.npz")
+    for rank, tokens in enumerate(zigzag_indices(32, shards).reshape(shards, -1)):
+        np.testing.assert_array_equal(tokens, expected[f"cp{shards}_rank{rank}"])
 
 
 @pytest.mark.parametrize(

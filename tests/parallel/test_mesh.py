@@ -3,7 +3,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from megajax.config import ConfigError, ParallelConfig, TransformerConfig
 from megajax.parallel.mesh import AXES, data_parallel_size, fewest_devices, make_abstract_mesh
@@ -53,6 +59,26 @@ def test_folded_rules_divide_experts_as_asked(sizes, devices, experts, expert_ml
         == data_parallel_size(mesh)
         == devices // (sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1))
     )
+
+
+def groups(mesh: AbstractMesh, names: str) -> list[list[int]]:
+    """Ranks that differ in the axes `names`, as `tp-pp`, alone."""
+    within = names.split("-")
+    ranks = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    others = [range(size) if axis not in within else [slice(None)] for axis, size in mesh.shape.items()]
+    return sorted(ranks[index].ravel().tolist() for index in itertools.product(*others))
+
+
+def test_the_groups_of_ranks_are_megatrons(golden: Path) -> None:
+    """Megatron's ranks are counted as the devices of the mesh, so a job sends as much over the same links."""
+    rows = json.loads((golden / "mcore_parallel_layout/table.json").read_text())["rank_groups"]
+    ours = [row for row in rows if row["order"] in ("tp-cp-ep-dp-pp", "tp-ep-dp-pp")]
+    assert len(ours) == 3
+    for row in ours:
+        devices = row["tp"] * row["cp"] * row["ep"] * row["dp"] * row["pp"]
+        mesh = make_abstract_mesh(parallel(**{axis: row[axis] for axis in ("tp", "cp", "pp", "ep")}), devices)
+        for names, expected in row["groups"].items():
+            assert groups(mesh, names) == sorted(map(sorted, expected)), (row, names)
 
 
 def test_the_smallest_mesh() -> None:
