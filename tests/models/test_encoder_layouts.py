@@ -76,7 +76,8 @@ MODELS: dict[str, Any] = {
     ),
     "t5": T5Config(**_SIZES, encoder_num_layers=1, decoder_seq_length=WRITTEN),
     "t5_untied": T5Config(
-        **_SIZES, share_embeddings_and_output_weights=False, position_embedding_type="learned_absolute",
+        **_SIZES | {"init_method_std": 0.15},  # eight layers with 0.3 amplify rounding: their gradients double each step
+        share_embeddings_and_output_weights=False, position_embedding_type="learned_absolute",
         gated_linear_unit=True, normalization="RMSNorm", decoder_seq_length=WRITTEN,
     ),
 }  # fmt: skip
@@ -104,9 +105,11 @@ ALL_AND_STAGES = Layout(devices=8, pp=2, tp=2, sp=True, zero=3, mbs=1, layers=4)
 CASES = [
     *(pytest.param(model, ALL_AND_STAGES) for model in ("bert", "t5")),
     *(pytest.param(model, ALL_AND_STAGES, marks=pytest.mark.slow) for model in ("bert_untied", "t5_untied")),
-    *(pytest.param(model, layout, marks=pytest.mark.slow) for model in ("bert", "t5") for layout in STAGED),
-    # Eight layers of the other one amplify rounding: their gradient norms are 39, 48 and 113.
-    *(pytest.param("t5_untied", layout, marks=pytest.mark.slow) for layout in STAGED if layout.pp < 4),
+    *(
+        pytest.param(model, layout, marks=pytest.mark.slow)
+        for model in ("bert", "t5", "t5_untied")
+        for layout in STAGED
+    ),
     *(pytest.param("bert", layout, marks=pytest.mark.slow) for layout in ALONE),
     *(pytest.param(model, ALL_AT_ONCE) for model in ("bert", "t5")),
     *(pytest.param(model, ALL_AT_ONCE, marks=pytest.mark.slow) for model in ("bert_untied", "t5_untied")),
