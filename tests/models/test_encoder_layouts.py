@@ -76,7 +76,7 @@ MODELS: dict[str, Any] = {
     ),
     "t5": T5Config(**_SIZES, encoder_num_layers=1, decoder_seq_length=WRITTEN),
     "t5_untied": T5Config(
-        **_SIZES | {"init_method_std": 0.15},  # eight layers with 0.3 amplify rounding: their gradients double each step
+        **_SIZES | {"init_method_std": 0.15},  # with 0.3 gradients of 8 layers double each step, and rounding too
         share_embeddings_and_output_weights=False, position_embedding_type="learned_absolute",
         gated_linear_unit=True, normalization="RMSNorm", decoder_seq_length=WRITTEN,
     ),
