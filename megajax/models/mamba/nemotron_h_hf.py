@@ -68,6 +68,9 @@ def _read_nemotron_h(fields: Fields) -> dict[str, Any]:
     ignore(fields, "partial_rotary_factor moe_latent_overlap")
     least_step = number("time_step_min", take("time_step_min"))
     pattern, epsilon = _read_pattern(fields), fields.number("layer_norm_epsilon")
+    biased = fields.flag("mlp_bias")
+    if biased and MOE in pattern:
+        raise ConfigError("config.json: mlp_bias=true is not supported beside experts, which have no biases there")
     heads, groups = fields.size("num_attention_heads"), fields.take("num_key_value_heads")
     return {
         **PLAIN,
@@ -79,7 +82,7 @@ def _read_nemotron_h(fields: Fields) -> dict[str, Any]:
         "kv_channels": positive_integer("head_dim", take("head_dim")),
         "ffn_hidden_size": fields.size("intermediate_size"),
         "activation_func": fields.activation("mlp_hidden_act"),
-        "add_mlp_bias": fields.flag("mlp_bias"),
+        "add_mlp_bias": biased,
         "vocab_size": fields.size("vocab_size"),
         "max_sequence_length": fields.size("max_position_embeddings"),
         "share_embeddings_and_output_weights": fields.flag("tie_word_embeddings"),
@@ -115,6 +118,9 @@ def _read_experts(fields: Fields, used: bool) -> dict[str, Any]:
     if not used:
         return {}
     groups, chosen, top_k = values["n_group"], values["topk_group"], values["num_experts_per_tok"]
+    normalized = bool(values["norm_topk_prob"])
+    if normalized and top_k == 1:
+        raise ConfigError("config.json: num_experts_per_tok=1 with norm_topk_prob=true gives every expert the weight 1")
     return {
         "num_moe_experts": values["n_routed_experts"],
         "moe_router_topk": top_k,
@@ -122,7 +128,7 @@ def _read_experts(fields: Fields, used: bool) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": values["moe_shared_expert_intermediate_size"],
         "moe_latent_size": values["moe_latent_size"],
         "moe_router_score_function": "sigmoid",
-        "moe_router_norm_topk_prob": bool(values["norm_topk_prob"]),
+        "moe_router_norm_topk_prob": normalized,
         "moe_router_enable_expert_bias": True,
         "moe_router_num_groups": groups if groups > 1 else None,
         "moe_router_group_topk": chosen if groups > 1 else None,
