@@ -109,6 +109,8 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
 
     # Attention
     softmax_scale: float | None = None
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Layer i, from 1, divides its scores by i, too; no two layers are alike then, and each is compiled by itself."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
     attention_softmax_in_fp32: bool = True
     apply_query_key_layer_scaling: bool = False
@@ -194,6 +196,10 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
         require_divides("num_attention_heads", self.num_attention_heads, "num_query_groups", self.num_query_groups or 0)
         require(
             not (self.qk_layernorm and self.qk_l2_norm), "qk_l2_norm=True excludes qk_layernorm=True; set one of them"
+        )
+        require(
+            not (self.scale_attn_by_inverse_layer_idx and self.multi_latent_attention),
+            "scale_attn_by_inverse_layer_idx=True is not possible with multi_latent_attention; drop one",
         )
         if self.window_size is not None:
             require(
@@ -314,6 +320,9 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
             freq = self.window_attn_skip_freq
             windowed = number % freq != 0 if isinstance(freq, int) else freq[index] == 1
             changes |= {"window_attn_skip_freq": None, "window_size": self.window_size if windowed else None}
+        if self.scale_attn_by_inverse_layer_idx:
+            scale = self.softmax_scale or (self.kv_channels or 1) ** -0.5
+            changes |= {"scale_attn_by_inverse_layer_idx": False, "softmax_scale": scale / number}
         if self.no_rope_freq is not None:
             freq = self.no_rope_freq
             skipped = number % freq == 0 if isinstance(freq, int) else freq[index] == 1

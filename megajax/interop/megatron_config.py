@@ -154,6 +154,7 @@ def _require_expressible(config: TransformerConfig) -> None:
     wanted: dict[str, Iterable[Any]] = {
         "apply_residual_connection_post_layernorm": (False,),
         "add_attention_proj_bias": (config.add_bias_linear,),
+        "scale_attn_by_inverse_layer_idx": (False,),
         "add_mlp_bias": (config.add_bias_linear,),
         "rope_scaling_type": ("none", "llama3"),
         "moe_router_group_score_topk": (None, config.moe_router_topk // (config.moe_router_group_topk or 1)),

@@ -15,6 +15,7 @@ _NO_ATTENTION: dict[str, Any] = {
     "num_query_groups": None,
     "kv_channels": None,
     "softmax_scale": None,
+    "scale_attn_by_inverse_layer_idx": False,
     "softmax_type": "vanilla",
     "apply_query_key_layer_scaling": False,
     "window_size": None,

@@ -250,11 +250,16 @@ CASES: dict[str, tuple] = {
         {"activation_function": "gelu", "n_inner": 40, "scale_attn_weights": False, "layer_norm_epsilon": 0.01},
         {"activation_function": "gelu_new"},
     ),
+    "gpt2_scaled_by_layer": (
+        "GPT2LMHeadModel",
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_layer": 3, "n_embd": 8},
+        {"scale_attn_by_inverse_layer_idx": False},
+    ),
     "gpt2_untied": ("GPT2LMHeadModel", {"tie_word_embeddings": False}, {"activation_function": "relu"}),
     "gpt2_base": ("GPT2Model", {}, {"scale_attn_weights": False}),
 }
 SHARDED = ("mistral_window",)
-WITH_GRADIENTS = {"deepseek_v2_groups", "deepseek_v2_lite", "deepseek_v3_halves"}
+WITH_GRADIENTS = {"deepseek_v2_groups", "deepseek_v2_lite", "deepseek_v3_halves", "gpt2_scaled_by_layer"}
 
 
 def randomise(model: torch.nn.Module) -> None:

@@ -45,7 +45,7 @@ QWEN3 = "hf_options/qwen3_window"
 @pytest.mark.parametrize(
     ("case", "fields", "message"),
     [
-        ("hf_gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("hf_gpt2", {"scale_attn_by_inverse_layer_idx": 2}, "scale_attn_by_inverse_layer_idx=2"),
         ("hf_gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("hf_gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
         ("hf_gpt2", {"n_embd": -3}, "n_embd=-3"),

@@ -22,12 +22,12 @@ _DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "initializer_range": 0.02,
     "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
 
 
 def _read(fields: Fields) -> dict[str, Any]:
-    fields.refuse("scale_attn_by_inverse_layer_idx")
     fields.refuse("add_cross_attention")
     fields.number("embd_pdrop")  # training only; megajax drops embeddings at the rate of the residual stream
     hidden = fields.size("n_embd")
@@ -42,6 +42,7 @@ def _read(fields: Fields) -> dict[str, Any]:
         "position_embedding_type": "learned_absolute",
         "share_embeddings_and_output_weights": fields.flag("tie_word_embeddings"),
         "activation_func": fields.activation("activation_function"),
+        "scale_attn_by_inverse_layer_idx": fields.flag("scale_attn_by_inverse_layer_idx"),
         "softmax_scale": None if fields.flag("scale_attn_weights") else 1.0,
         "layernorm_epsilon": fields.number("layer_norm_epsilon"),
         "hidden_dropout": fields.number("resid_pdrop"),
@@ -60,6 +61,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
         "n_positions": config.max_sequence_length or _DEFAULTS["n_positions"],
         "tie_word_embeddings": config.share_embeddings_and_output_weights,
         "activation_function": ACTIVATION_NAMES[config.activation_func],
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
         "scale_attn_weights": config.softmax_scale != 1.0,
         "layer_norm_epsilon": config.layernorm_epsilon,
         "resid_pdrop": config.hidden_dropout,
