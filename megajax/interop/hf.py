@@ -54,6 +54,7 @@ def load(path: Path, *, make_vocab_size_divisible_by: int = 1) -> Pretrained:
     ):  # no head in the file: logits, if anyone asks for them, come from the embedding
         values["tie_word_embeddings"] = True
     table = {architecture.current_name(name): entry for name, entry in tensor_table(folder).items()}
+    values |= architecture.told_by_names(table)
     if _has_own_head(architecture, table):
         values["tie_word_embeddings"] = False
     config = architecture.read_config(values).replace(make_vocab_size_divisible_by=make_vocab_size_divisible_by)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,7 @@ class Architecture:
       tied_to: the embedding's tensor, where files say that the head is tied to it even if it is not: if a head is there
         and differs, it is not.
       ignored: pattern of names, without the prefix, that hold no weights.
+      told_by_names: names of a file's tensors, as they are read here -> fields that config.json leaves open.
       older_names: (pattern, replacement) of names in files that other versions wrote, to those that are read here.
       config_type: what `read` gives the arguments of.
       build: config -> model.
@@ -81,6 +82,7 @@ class Architecture:
     head: Row | None = HEAD
     tied_to: str | None = None
     ignored: str = r"(?!)"
+    told_by_names: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
     older_names: tuple[tuple[str, str], ...] = ()
     config_type: type[TransformerConfig] = TransformerConfig
     example_inputs: Callable[[Any], tuple[Any, ...]] = lambda config: (jax.ShapeDtypeStruct((1, 1), jnp.int32),)

@@ -1,4 +1,5 @@
-"""Makes hf_vision/: tiny models by transformers 5.23, and their outputs. Needs torch; takes the folder to write to."""
+"""Makes hf_vision/: tiny models by transformers 5.23, and their outputs. Needs torch; takes the folder to write to, and
+the names of the cases that are wanted, if not all."""
 
 # SPDX-License-Identifier: Apache-2.0
 import sys
@@ -8,6 +9,8 @@ import torch
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     LlavaConfig,
     LlavaForConditionalGeneration,
     RadioConfig,
@@ -20,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-FOLDER = sys.argv[1]
+FOLDER, WANTED = sys.argv[1], sys.argv[2:]
 
 
 def randomise(model):
@@ -39,6 +42,8 @@ def randomise(model):
 
 def save(name, model, **inputs):
     """The checkpoint and expected.npz: inputs and outputs."""
+    if WANTED and name not in WANTED:
+        return
     randomise(model)
     model.eval()
     model.save_pretrained(f"{FOLDER}/{name}")
@@ -118,3 +123,11 @@ llava = LlavaConfig(
 ids = rng.integers(3, 38, size=(3, 14))
 ids[0, 1:10] = ids[1, :9] = ids[2, 5:] = 39
 save("llava_siglip_qwen", LlavaForConditionalGeneration(llava), input_ids=ids, pixel_values=images)
+
+# Two pixels are left over at the edges; what no patch covers is not seen.
+cropped = {**vision, "image_size": 14, "num_channels": 1}
+rest = rng.normal(size=(2, 1, 14, 14)).astype(np.float32)
+save("siglip_vision_cropped", SiglipVisionModel(SiglipVisionConfig(**cropped)), pixel_values=rest)
+save("vit_without_pooler", ViTModel(ViTConfig(**vision), add_pooling_layer=False), pixel_values=images)
+projected = CLIPVisionConfig(**vision, projection_dim=7)
+save("clip_vision_projected", CLIPVisionModelWithProjection(projected), pixel_values=images)

@@ -37,7 +37,7 @@ _NOT_OF_TOWERS = re.compile(
     "|no_rope_freq|seq_len_.*|label_smoothing|z_loss_coeff|embedding_init_.*"
 )
 """Options of `TransformerConfig` that no tower reads."""
-_SIZES = ("img_h", "img_w", "patch_dim")
+_SIZES = ("img_h", "img_w", "patch_dim", "crop_to_patches")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class LLaVAConfig(MambaConfig):
     img_h: int = 336
     img_w: int = 336
     patch_dim: int = 14
+    crop_to_patches: bool = False
     vision_num_layers: int = 24
     vision_hidden_size: int = 1024
     vision_num_attention_heads: int = 16
@@ -195,6 +196,7 @@ class LLaVAConfig(MambaConfig):
             "img_h": self.img_h,
             "img_w": self.img_w,
             "patch_dim": self.patch_dim,
+            "crop_to_patches": self.crop_to_patches,
             "num_layers": self.vision_num_layers,
             "hidden_size": self.vision_hidden_size,
             "num_attention_heads": self.vision_num_attention_heads,

@@ -31,8 +31,8 @@ class CLIPConfig(VisionConfig):
     """The token whose state stands for the text: the one with the highest id, the first `eos_token_id`, or the last."""
     eos_token_id: int | None = None
     projection_dim: int | None = None
-    """Size of the space that both are projected to, linearly; None: texts are projected, with a bias, to the size of
-    the images' features (SigLIP)."""
+    """Size of the space that both are projected to, linearly, or, without a text tower, the images' features alone.
+    None: texts are projected, with a bias, to the size of the images' features (SigLIP)."""
     contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
     """Cross entropy over the batch in both directions (arXiv:2103.00020), or of each pair alone (arXiv:2303.15343)."""
     logit_scale_init: float = 2.6592
@@ -44,7 +44,7 @@ class CLIPConfig(VisionConfig):
         super().__post_init__()
         require_positive(self, "text_num_layers", "text_hidden_size", "text_num_attention_heads")
         require_positive(self, "text_ffn_hidden_size", "projection_dim")
-        if self.text_num_layers is None:
+        if self.text_num_layers is None and self.projection_dim is None:
             return
         require(self.pooler != "none", "pooler='none' leaves no image features to compare with texts; choose another")
         require(

@@ -63,13 +63,15 @@ DEFAULT = Config(
 
 
 def build_model(config: CLIPConfig, backend: BackendSpecProvider) -> nn.Module:
-    """Both towers, or the image tower alone if there is no text tower in the config."""
-    from megajax.models.vision.clip_model import CLIPModel
+    """Both towers, or the image tower alone, projected or not, if there is no text tower in the config."""
+    from megajax.models.vision.clip_model import CLIPModel, CLIPVisionModelWithProjection
     from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
 
-    if config.text_num_layers is None:
-        return CLIPVisionTransformer(config, backend=backend)
-    return CLIPModel(config, backend)
+    if config.text_num_layers is not None:
+        return CLIPModel(config, backend)
+    if config.projection_dim is not None:
+        return CLIPVisionModelWithProjection(config, backend)
+    return CLIPVisionTransformer(config, backend=backend)
 
 
 def loss(
@@ -125,11 +127,13 @@ def flops(config: CLIPConfig, *, batch_size: int, seq_length: int) -> int:
     per_pair = tower_flops(config, config.num_image_tokens) + config.patch_features * config.hidden_size * (
         6 * config.num_patches
     )
+    E = config.embedding_dim
+    if config.projection_dim is not None:
+        per_pair += 6 * E * config.hidden_size
     if config.text_num_layers is not None:
-        text, E = config.text_config, config.embedding_dim
+        text = config.text_config
         per_pair += tower_flops(text, seq_length, causal=config.text_causal)
-        visual = config.hidden_size if config.projection_dim is not None else 0
-        per_pair += 6 * E * (text.hidden_size + visual + batch_size)
+        per_pair += 6 * E * (text.hidden_size + batch_size)
     return batch_size * per_pair
 
 
@@ -166,8 +170,9 @@ def epilogue(finished: Finished) -> Iterable[str]:
 def hf() -> tuple[Architecture, ...]:
     """CLIP, SigLIP and ViT."""
     from megajax.models.vision.clip_hf import ARCHITECTURES
+    from megajax.models.vision.vit_hf import VIT
 
-    return ARCHITECTURES
+    return (*ARCHITECTURES, VIT)
 
 
 def megatron() -> MegatronWeights:

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and ViT in Hugging Face's format: towers alone, and pairs of towers."""
+"""CLIP and SigLIP in Hugging Face's format: towers alone, and pairs of towers."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megajax.interop.hf_architecture import Architecture, Part, Row, Tensor, lay
 from megajax.interop.hf_fields import ACTIVATION_NAMES, Fields
 from megajax.models.vision.clip_config import CLIPConfig
 from megajax.models.vision.clip_megatron import patch_codec
-from megajax.models.vision.clip_model import CLIPModel, text_layer_specs
+from megajax.models.vision.clip_model import CLIPModel, CLIPVisionModelWithProjection, text_layer_specs
 from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
 
 Shapes = Mapping[str, Any]
@@ -59,19 +59,6 @@ CLIP_LAYER = layer_rows(
         "mlp/linear_fc2": "mlp.fc2",
     },
 )
-_VIT_LAYER = layer_rows(
-    "encoder.layer.{i}.",
-    {
-        "input_layernorm": "layernorm_before",
-        "self_attention/linear_q": "attention.attention.query",
-        "self_attention/linear_k": "attention.attention.key",
-        "self_attention/linear_v": "attention.attention.value",
-        "self_attention/linear_proj": "attention.output.dense",
-        "pre_mlp_layernorm": "layernorm_after",
-        "mlp/linear_fc1": "intermediate.dense",
-        "mlp/linear_fc2": "output.dense",
-    },
-)
 _TOWER_ROWS = (
     Row("embeddings.patch_embedding.bias", ("conv1/bias",)),
     Row("embeddings.position_embedding.weight", ("position_embeddings",)),
@@ -81,11 +68,6 @@ _TOWER_ROWS = (
     *norm_rows("head.layernorm", "head/layernorm"),
     *linear_rows("head.mlp.fc1", "head/mlp/linear_fc1"),
     *linear_rows("head.mlp.fc2", "head/mlp/linear_fc2"),
-)
-_VIT_ROWS = (
-    Row("embeddings.patch_embeddings.projection.bias", ("conv1/bias",)),
-    *norm_rows("layernorm", "ln_post"),
-    *linear_rows("pooler.dense", "dense_pooler"),
 )
 _TEXT_ROWS = (
     Row("embeddings.token_embedding.weight", ("embedding/word_embeddings/embedding",), vocabulary=True),
@@ -101,7 +83,8 @@ def reshaped(path: str, leaves: Shapes, shape: tuple[int, ...]) -> Tensor:
     return Tensor((part,), False, None, np.dtype(leaves[path].dtype), codec)
 
 
-def _patch_kernel(path: str, leaves: Shapes, config: CLIPConfig) -> Tensor:
+def patch_kernel(path: str, leaves: Shapes, config: CLIPConfig) -> Tensor:
+    """The kernel of a patch embedding as a convolution's."""
     part = Part(path, None, leaves[path].shape)
     return Tensor((part,), False, None, np.dtype(leaves[path].dtype), patch_codec(config))
 
@@ -115,7 +98,7 @@ def _attention_in_projection(leaves: Shapes, leaf: str) -> Tensor:
 
 def tower_plan(config: CLIPConfig, layer_specs: Sequence[Any], leaves: Shapes, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of an image tower as CLIP and SigLIP have them. leaves: by their paths in the tower."""
-    plan = {f"{prefix}embeddings.patch_embedding.weight": _patch_kernel("conv1/kernel", leaves, config)}
+    plan = {f"{prefix}embeddings.patch_embedding.weight": patch_kernel("conv1/kernel", leaves, config)}
     if config.class_token_len:
         plan[f"{prefix}embeddings.class_embedding"] = reshaped("class_token", leaves, (config.hidden_size,))
     plan |= rows_plan(_TOWER_ROWS, leaves, config, prefix)
@@ -126,18 +109,14 @@ def tower_plan(config: CLIPConfig, layer_specs: Sequence[Any], leaves: Shapes, p
     return plan | layer_plan(CLIP_LAYER, leaves, config, layer_specs, prefix)
 
 
-def _vit_plan(architecture: Any, config: CLIPConfig, model: Any, leaves: Shapes, prefix: str) -> dict[str, Tensor]:
-    del architecture
-    D = config.hidden_size
-    return {
-        f"{prefix}embeddings.cls_token": reshaped("class_token", leaves, (1, 1, D)),
-        f"{prefix}embeddings.position_embeddings": reshaped(
-            "position_embeddings", leaves, (1, config.num_image_tokens, D)
-        ),
-        f"{prefix}embeddings.patch_embeddings.projection.weight": _patch_kernel("conv1/kernel", leaves, config),
-        **rows_plan(_VIT_ROWS, leaves, config, prefix),
-        **layer_plan(_VIT_LAYER, leaves, config, model.layer_specs, prefix),
-    }
+def _projected_plan(
+    architecture: Any, config: CLIPConfig, model: Any, leaves: Shapes, prefix: str
+) -> dict[str, Tensor]:
+    del architecture, prefix
+    tower = CLIPVisionTransformer(config, backend=model.backend)
+    plan = tower_plan(config, tower.layer_specs, below("vision_model/", leaves), "vision_model.")
+    projection = rows_plan(linear_rows("visual_projection", "visual_projection"), leaves, config)
+    return lifted("vision_model/", plan) | projection
 
 
 def _tower_alone(architecture: Any, config: CLIPConfig, model: Any, leaves: Shapes, prefix: str) -> dict[str, Tensor]:
@@ -183,7 +162,7 @@ def _sides(value: Any, name: str) -> tuple[int, int]:
     return sides
 
 
-def _read_tower(fields: Fields) -> dict[str, Any]:
+def read_tower(fields: Fields) -> dict[str, Any]:
     """What all towers' configs have in common."""
     height, width = _sides(fields.take("image_size"), "image_size")
     patch, other = _sides(fields.take("patch_size"), "patch_size")
@@ -195,17 +174,18 @@ def _read_tower(fields: Fields) -> dict[str, Any]:
         "num_attention_heads": fields.size("num_attention_heads"),
         "ffn_hidden_size": fields.size("intermediate_size"),
         "num_channels": fields.size("num_channels"),
-        # What is left over at the edges is cut off.
-        "img_h": height // patch * patch,
-        "img_w": width // patch * patch,
+        "img_h": height,
+        "img_w": width,
         "patch_dim": patch,
+        "crop_to_patches": height % patch > 0 or width % patch > 0,
         "activation_func": fields.activation("hidden_act"),
         "layernorm_epsilon": fields.number("layer_norm_eps"),
         "hidden_dropout": 0.0,
     }
 
 
-def _write_tower(config: CLIPConfig) -> dict[str, Any]:
+def write_tower(config: CLIPConfig) -> dict[str, Any]:
+    """Inverse of `read_tower`."""
     size = config.img_h if config.img_h == config.img_w else [config.img_h, config.img_w]
     return {
         "num_hidden_layers": config.num_layers,
@@ -224,7 +204,7 @@ def read_clip_tower(fields: Fields) -> dict[str, Any]:
     """config.json of a CLIPVisionModel -> arguments of CLIPConfig."""
     fields.optional("projection_dim")  # of the pair that the tower was a part of
     fields.number("initializer_factor")
-    return _read_tower(fields) | {
+    return read_tower(fields) | {
         "ln_pre": True,
         "ln_post": "pooled",
         "pooler": "class_token",
@@ -235,16 +215,25 @@ def read_clip_tower(fields: Fields) -> dict[str, Any]:
 
 def write_clip_tower(config: CLIPConfig) -> dict[str, Any]:
     """Inverse of `read_clip_tower`."""
-    return _write_tower(config) | {
+    return write_tower(config) | {
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.init_method_std,
         "initializer_factor": 1.0,
     }
 
 
+def _read_projected_tower(fields: Fields) -> dict[str, Any]:
+    size = fields.size("projection_dim")
+    return read_clip_tower(fields) | {"projection_dim": size}
+
+
+def _write_projected_tower(config: CLIPConfig) -> dict[str, Any]:
+    return write_clip_tower(config) | {"projection_dim": config.projection_dim}
+
+
 def read_siglip_tower(fields: Fields) -> dict[str, Any]:
     """config.json of a SiglipVisionModel -> arguments of CLIPConfig."""
-    return _read_tower(fields) | {
+    return read_tower(fields) | {
         "class_token_len": 0,
         "embedder_bias": True,
         "ln_post": "tokens",
@@ -256,35 +245,7 @@ def read_siglip_tower(fields: Fields) -> dict[str, Any]:
 def write_siglip_tower(config: CLIPConfig) -> dict[str, Any]:
     """Inverse of `read_siglip_tower`."""
     head = {"vision_use_head": config.pooler == "attention", "attention_dropout": config.attention_dropout}
-    return _write_tower(config) | head
-
-
-def _read_vit(fields: Fields) -> dict[str, Any]:
-    fields.optional("encoder_stride")  # of a decoder that is not in this model
-    arguments = _read_tower(fields)
-    for name, only in (("pooler_act", "tanh"), ("pooler_output_size", arguments["hidden_size"])):
-        value = fields.take(name)
-        if value not in (None, only):
-            raise ConfigError(f"config.json: {name}={value!r} is not supported; it must be {only!r}")
-    biases = {} if fields.flag("qkv_bias") else {"add_bias_linear": False, "add_attention_proj_bias": True}
-    return arguments | {
-        "embedder_bias": True,
-        "ln_post": "tokens",
-        "pooler": "dense",
-        "hidden_dropout": fields.number("hidden_dropout_prob"),
-        "attention_dropout": fields.number("attention_probs_dropout_prob"),
-        "init_method_std": fields.number("initializer_range"),
-        **({} if not biases else biases | {"add_mlp_bias": True}),
-    }
-
-
-def _write_vit(config: CLIPConfig) -> dict[str, Any]:
-    return _write_tower(config) | {
-        "qkv_bias": config.add_bias_linear,
-        "hidden_dropout_prob": config.hidden_dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "initializer_range": config.init_method_std,
-    }
+    return write_tower(config) | head
 
 
 CLIP_TOWER_DEFAULTS: dict[str, Any] = {
@@ -306,16 +267,6 @@ SIGLIP_TOWER_DEFAULTS: dict[str, Any] = CLIP_TOWER_DEFAULTS | {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
     "vision_use_head": True,
-}
-_VIT_DEFAULTS: dict[str, Any] = CLIP_TOWER_DEFAULTS | {
-    "patch_size": 16,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "qkv_bias": True,
-    "pooler_act": "tanh",
-    "pooler_output_size": None,
 }
 _TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
@@ -369,6 +320,8 @@ def _read_text(fields: Fields) -> dict[str, Any]:
 
 
 def _write_text(config: CLIPConfig) -> dict[str, Any]:
+    if config.text_num_layers is None:
+        raise ConfigError("text_num_layers=None: it needs a text tower")
     text = config.text_config
     return {
         "num_hidden_layers": text.num_layers,
@@ -436,34 +389,36 @@ def _write_siglip(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def _architecture(name: str, model_type: str, **parts: Any) -> Architecture:
+def vision_architecture(name: str, model_type: str, **parts: Any) -> Architecture:
+    """An architecture without a head of words."""
     common = {"prefix": "", "head": None, "base": None, "config_type": CLIPConfig, "example_inputs": example_inputs}
     return Architecture(name=name, model_type=model_type, **(common | parts))
 
 
-CLIP_TOWER = _architecture(
+CLIP_TOWER = vision_architecture(
     "CLIPVisionModel", "clip_vision_model", defaults=CLIP_TOWER_DEFAULTS, read=read_clip_tower, write=write_clip_tower,
     build=CLIPVisionTransformer, plan=_tower_alone, older_names=((r"^vision_model\.", ""),),
     ignored=r"(vision_model\.)?embeddings\.position_ids",
 )  # fmt: skip
-SIGLIP_TOWER = _architecture(
+SIGLIP_TOWER = vision_architecture(
     "SiglipVisionModel", "siglip_vision_model", defaults=SIGLIP_TOWER_DEFAULTS, read=read_siglip_tower,
     write=write_siglip_tower, build=CLIPVisionTransformer, plan=_tower_alone, older_names=((r"^vision_model\.", ""),),
 )  # fmt: skip
 ARCHITECTURES = (
     CLIP_TOWER,
     SIGLIP_TOWER,
-    _architecture(
-        "ViTModel", "vit", defaults=_VIT_DEFAULTS, read=_read_vit, write=_write_vit, build=CLIPVisionTransformer,
-        plan=_vit_plan, older_names=((r"^vit\.", ""),),
+    vision_architecture(
+        "CLIPVisionModelWithProjection", "clip_vision_model", defaults=CLIP_TOWER_DEFAULTS | {"projection_dim": 512},
+        read=_read_projected_tower, write=_write_projected_tower, build=CLIPVisionModelWithProjection,
+        plan=_projected_plan, ignored=r"vision_model\.embeddings\.position_ids",
     ),
-    _architecture(
+    vision_architecture(
         "CLIPModel", "clip", read=_read_clip, write=_write_clip, build=CLIPModel, plan=_pair_plan,
         defaults={"vision_config": None, "text_config": None, "projection_dim": 512, "initializer_factor": 1.0,
                   "logit_scale_init_value": 2.6592},
         ignored=r"(vision|text)_model\.embeddings\.position_ids",
     ),
-    _architecture(
+    vision_architecture(
         "SiglipModel", "siglip", read=_read_siglip, write=_write_siglip, build=CLIPModel, plan=_pair_plan,
         defaults={"vision_config": None, "text_config": None, "initializer_factor": 1.0},
     ),

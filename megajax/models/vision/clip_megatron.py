@@ -73,6 +73,7 @@ def write_config(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ConfigError: Megatron's tower has no such options.
     """
+    _require_tower_alone(config)
     fields = vision_fields(config)
     names = ("embedder_bias", "ln_pre", "ln_post")
     subtype = next((n for n, o in SUBTYPES.items() if all(getattr(config, k) == o[k] for k in names)), None)
@@ -83,9 +84,17 @@ def write_config(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return fields, arguments | {"model_subtype": subtype, "add_class_token": config.class_token_len > 0}
 
 
+def _require_tower_alone(config: CLIPConfig) -> None:
+    for name in ("text_num_layers", "projection_dim"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ConfigError(f"{name}={value} has no counterpart in Megatron, whose CLIP is an image tower alone")
+
+
 def vision_fields(config: VisionConfig) -> dict[str, Any]:
     """Megatron's TransformerConfig fields of a tower. Raises ConfigError for options that its towers lack."""
-    for name, only in (("layer_scale_init", None), ("image_mean", None), ("num_channels", 3)):
+    lacking = {"layer_scale_init": None, "image_mean": None, "num_channels": 3, "crop_to_patches": False}
+    for name, only in lacking.items():
         if getattr(config, name) != only:
             raise ConfigError(
                 f"{name}={getattr(config, name)!r} cannot be expressed in a Megatron config: it has {only}"
@@ -139,4 +148,9 @@ def lifted(prefix: str, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         yield tensor._replace(name=f"{prefix}.{tensor.name}", parts=parts)
 
 
-MEGATRON = MegatronWeights(read_config, write_config, CLIPVisionTransformer, tower_tensors)
+def _tensors(config: CLIPConfig, model: Any, params: Mapping[Path, Any]) -> Iterator[Tensor]:
+    _require_tower_alone(config)
+    return tower_tensors(config, model, params)
+
+
+MEGATRON = MegatronWeights(read_config, write_config, CLIPVisionTransformer, _tensors)

@@ -47,6 +47,28 @@ def text_layer_specs(config: CLIPConfig, backend: BackendSpecProvider) -> tuple[
     return (get_text_layer_spec(text, backend),) * text.num_layers
 
 
+class CLIPVisionModelWithProjection(nn.Module):
+    """An image tower and its projection to the space in which `CLIPModel` compares images with texts.
+
+    Example:
+      >>> features = model.apply(variables, images, pooled=True)  # [B, projection_dim], not of length 1
+    """
+
+    config: CLIPConfig
+    backend: BackendSpecProvider = LocalSpecProvider()
+
+    def setup(self) -> None:
+        self.vision_model = CLIPVisionTransformer(self.config, backend=self.backend)
+        self.visual_projection = Projection(self.config, self.config.embedding_dim, use_bias=False)
+
+    def __call__(self, images: Array, *, pooled: bool = False, deterministic: bool = True) -> Array:
+        """images float [B, C, H, W] -> tokens [B, S, D], as the tower's; or one projected vector an image, [B, E]."""
+        x_BSD = self.vision_model(images, deterministic=deterministic)
+        if pooled or self.is_initializing():
+            return self.visual_projection(self.vision_model.pool(x_BSD))
+        return x_BSD
+
+
 class CLIPTextTransformer(nn.Module):
     """The text tower: tokens int [T, S] -> states [T, S, D] after the final norm."""
 

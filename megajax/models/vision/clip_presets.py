@@ -21,6 +21,7 @@ def _tower(layers: int, hidden: int, heads: int, ffn: int, patch: int, side: int
         patch_dim=patch,
         img_h=side,
         img_w=side,
+        crop_to_patches=side % patch > 0,  # of 384 pixels, patches of 14 see 378
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **options,
@@ -40,7 +41,7 @@ def _clip(layers: int, hidden: int, patch: int, side: int, text: int, projection
 def _siglip(
     layers: int, hidden: int, heads: int, ffn: int, patch: int, side: int, vocab: int = 32000, length: int = 64
 ) -> CLIPConfig:
-    """arXiv:2303.15343; so400m is the shape of arXiv:2305.13035. Of 384 pixels a patch of 14 leaves 378."""
+    """arXiv:2303.15343; so400m is the shape of arXiv:2305.13035."""
     return _tower(
         layers, hidden, heads, ffn, patch, side,
         class_token_len=0, embedder_bias=True, ln_post="tokens", pooler="attention", activation_func="gelu_tanh",
@@ -65,7 +66,7 @@ PRESETS: Mapping[str, Preset] = {
     "siglip-b-16": partial(_siglip, 12, 768, 12, 3072, 16, 224),
     "siglip-l-16-256": partial(_siglip, 24, 1024, 16, 4096, 16, 256),
     "siglip-so400m-14-224": partial(_siglip, 27, 1152, 16, 4304, 14, 224, length=16),
-    "siglip-so400m-14-384": partial(_siglip, 27, 1152, 16, 4304, 14, 378),
+    "siglip-so400m-14-384": partial(_siglip, 27, 1152, 16, 4304, 14, 384),
     "vit-b-16": partial(_vit, 12, 768, 12, 16),
     "vit-l-16": partial(_vit, 24, 1024, 16, 16),
     "vit-h-14": partial(_vit, 32, 1280, 16, 14),

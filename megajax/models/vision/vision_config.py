@@ -36,6 +36,8 @@ class VisionConfig(TransformerConfig):
     img_w: int = 336
     patch_dim: int = 14
     """Side of a patch in pixels."""
+    crop_to_patches: bool = False
+    """Images are not made of whole patches: what is left over below and to the right is cut off."""
     num_channels: int = 3
     image_mean: tuple[float, ...] | None = None
     """Of each channel, subtracted by the model, which then divides by `image_std`; None: images come normalised."""
@@ -57,8 +59,7 @@ class VisionConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "img_h", "img_w", "patch_dim", "num_channels")
-        require_divides("img_h", self.img_h, "patch_dim", self.patch_dim)
-        require_divides("img_w", self.img_w, "patch_dim", self.patch_dim)
+        self._validate_patches()
         require(self.class_token_len >= 0, f"class_token_len={self.class_token_len} must not be negative")
         require(
             self.class_token_len > 0 or self.pooler not in ("class_token", "dense"),
@@ -75,6 +76,19 @@ class VisionConfig(TransformerConfig):
                     f"{name}={values} must have a number for each of num_channels={self.num_channels}; image_mean and"
                     " image_std go together"
                 )
+
+    def _validate_patches(self) -> None:
+        size = self.patch_dim
+        if not self.crop_to_patches:
+            require_divides("img_h", self.img_h, "patch_dim", size)
+            require_divides("img_w", self.img_w, "patch_dim", size)
+            return
+        stated = f"img_h={self.img_h}, img_w={self.img_w}"
+        require(min(self.img_h, self.img_w) >= size, f"{stated} hold no patch_dim={size}; make the images larger")
+        require(
+            self.img_h % size > 0 or self.img_w % size > 0,
+            f"crop_to_patches=True has no effect on {stated}, which are multiples of patch_dim={size}; leave it out",
+        )
 
     @property
     def num_patches(self) -> int:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megajax.interop import hf
+from megajax.config import ConfigError
+from megajax.interop import hf, megatron
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 OPTIONS = sorted(f"hf_vision/{folder.name}" for folder in (GOLDEN / "hf_vision").iterdir() if folder.is_dir())
@@ -40,8 +41,8 @@ def test_equals_transformers(case: str) -> None:
         close(call(given["pixel_values"], given["input_ids"]), given["logits"])
     else:
         close(call(given["pixel_values"]), given["last_hidden_state"])
-        pooled = given["summary" if "summary" in given else "pooler_output"]
-        close(call(given["pixel_values"], pooled=True), pooled)
+        for name in {"summary", "pooler_output", "image_embeds"} & set(given):
+            close(call(given["pixel_values"], pooled=True), given[name])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,3 +93,23 @@ def test_names_of_older_files(tmp_path: Path) -> None:
     ours, theirs = (jax.tree.leaves(pretrained.params) for pretrained in (hf.load(tmp_path), loaded("hf_clip_vision")))
     for mine, expected in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(mine, expected)
+
+
+def test_images_of_the_size_that_the_checkpoint_names() -> None:
+    """Of its 14 pixels, three patches of 4 cover 12: like the processor's, its images have all 14."""
+    cropped, whole = (loaded(f"hf_vision/{case}").config for case in ("siglip_vision_cropped", "siglip_vision"))
+    assert (cropped.img_h, cropped.num_patches, cropped.crop_to_patches) == (14, 9, True)
+    assert (whole.img_h, whole.num_patches, whole.crop_to_patches) == (12, 9, False)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("siglip_vision_cropped", "num_channels=1"),
+        ("clip_vision_projected", "projection_dim=7"),
+        ("clip", "text_num_layers=2"),
+    ],
+)
+def test_what_megatron_lacks(case: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=name):
+        megatron.save_folder(loaded(f"hf_vision/{case}"), tmp_path)

@@ -115,6 +115,9 @@ def test_a_tower_stops_early() -> None:
     ("options", "message"),
     [
         ({"patch_dim": 15}, "img_h=336 is not divisible by patch_dim=15"),
+        ({"crop_to_patches": True}, "crop_to_patches=True has no effect on img_h=336"),
+        ({"crop_to_patches": True, "img_h": 13}, "img_h=13, img_w=336 hold no patch_dim=14"),
+        ({"projection_dim": 8}, "pooler='none' leaves no image features"),
         ({"pooler": "dense", "class_token_len": 0}, "pooler='dense' needs class_token_len"),
         ({"ln_post": "pooled"}, "ln_post='pooled' needs pooler='class_token'"),
         ({"image_mean": (0.5,)}, "image_mean"),

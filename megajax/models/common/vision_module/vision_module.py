@@ -123,6 +123,9 @@ class VisionModule(nn.Module):
                 f"images have the shape {images_BCHW.shape}; they must be [batch, num_channels={cfg.num_channels},"
                 " height, width]"
             )
+        if cfg.crop_to_patches:
+            H, W = (size // cfg.patch_dim * cfg.patch_dim for size in images_BCHW.shape[2:])
+            images_BCHW = images_BCHW[:, :, :H, :W]
         if any(size % cfg.patch_dim for size in images_BCHW.shape[2:]):
             raise ConfigError(
                 f"images of {images_BCHW.shape[2]} x {images_BCHW.shape[3]} are no whole patches of patch_dim="
