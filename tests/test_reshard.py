@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -250,6 +251,7 @@ def test_killed_half_way_there_is_no_target(number, large, tmp_path, program_env
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGSTOP)  # on a busy machine it could be done before it hears of the signal
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if (tmp_path / "copy").exists():
             pytest.skip("it was done before it could be stopped")
         process.send_signal(number)

@@ -29,7 +29,7 @@ TINY = MambaConfig(
     normalization="RMSNorm",
     position_embedding_type="rope",
     add_bias_linear=False,
-    init_method_std=0.3,
+    init_method_std=0.15,  # with 0.3 an error in the last bit of a weight moves a logit by 1e-4
     hidden_dropout=0.0,
     attention_dropout=0.0,
     mamba_state_dim=6,
@@ -70,7 +70,7 @@ def test_chunks_of_a_cached_sequence():
         )
         cache, position = updated["cache"], position + length
         parts.append(logits)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=5e-6)
 
 
 def test_flops_count_each_layer():
