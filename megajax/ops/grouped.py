@@ -7,6 +7,7 @@ Legend: N tokens, K experts a token, E experts, R rows of the buffer that expert
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -108,13 +109,12 @@ def place(ids_NK: Array, starts_E: Array, rows: int) -> Placement:
     return _placement(ids_NK, rank, starts_E, rows)
 
 
-def block_for(rows: int, least: int) -> int:
-    """Rows that a group is rounded up to where an expert gets `rows` on average: `least`, and more for many rows.
+def block_for(rows: int, least: int, most: int) -> int:
+    """Rows that a group is rounded up to where an expert gets `rows` on average: `least`, and up to `most` for many.
 
-    For each block an expert's kernel is read anew, and of 128 rows a GPU reads it for longer than it computes; half a
-    block of each group is computed in vain. So a power of two of at most an eighth of the rows, and at most 512.
+    Half a block of each group is computed in vain: a power of two of at most an eighth of the rows.
     """
-    return max(least, min(512, 1 << max(0, (rows // 8).bit_length() - 1)))
+    return max(least, min(most, 1 << max(0, (rows // 8).bit_length() - 1)))
 
 
 def place_grouped(ids_NK: Array, num_experts: int, rows: int, block: int) -> tuple[Placement, Groups]:
@@ -174,22 +174,29 @@ _unpermute.defvjp(
 )
 
 
-def grouped_matmul(x: Array, w_EDF: Array, groups: Groups | None) -> Array:
+class GroupedKernel(NamedTuple):
+    """What computes the product of groups. product: (x [R, D], w [E, D, F], sizes [E], block) -> [R, F], with gradients
+    of x and w. most_rows: of the blocks it does best with, of many rows an expert."""
+
+    product: Callable[[Array, Array, Array, int], Array]
+    most_rows: int
+
+
+def grouped_matmul(x: Array, w_EDF: Array, groups: Groups | None, kernel: GroupedKernel | None = None) -> Array:
     """Rows times the kernel of their expert, in x's dtype.
 
     Args:
       x: [E, C, D] with `groups` None (one batched product of 2 E C D F FLOPs), or [R, D] with `groups`.
       w_EDF: kernels.
+      kernel: computes groups; `LOOP` by default.
 
     Returns:
-      [E, C, F] or [R, F]. With `groups` the work is 2 sum(sizes) D F FLOPs in plain XLA: a loop over the blocks that
-      hold rows, whose number is known at run time only. XLA's own `ragged_dot` computes every row for every expert on
-      CPU and on GPU. On a GPU a grouped kernel beats the loop: one small product at a time does not fill it.
+      [E, C, F] or [R, F]. With `groups` the work is 2 sum(sizes) D F FLOPs.
     """
     w_EDF = w_EDF.astype(x.dtype)
     if groups is None:
         return jnp.einsum("ecd,edf->ecf", x, w_EDF)
-    return _grouped_matmul(x, w_EDF, groups.sizes, groups.block)
+    return (kernel or LOOP).product(x, w_EDF, groups.sizes, groups.block)
 
 
 def grouped_bias(bias_EF: Array, x: Array, groups: Groups | None) -> Array:
@@ -241,3 +248,8 @@ def _grouped_matmul_bwd(block: int, saved: tuple[Array, Array, Array], dy_RF: Ar
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+
+# For each block an expert's kernel is read anew, and of 128 rows a GPU reads it for longer than it computes.
+LOOP = GroupedKernel(_grouped_matmul, most_rows=512)  # pyright: ignore[reportArgumentType]
+"""Plain XLA on any device: over the blocks that hold rows, whose number is known at run time only. XLA's own
+`ragged_dot` computes every row for every expert, on CPU and on GPU."""

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from megajax.config import ConfigError
-from megajax.ops.grouped import DropPolicy, Groups, block_for, capacity, drop
+from megajax.ops.grouped import LOOP, DropPolicy, Groups, block_for, capacity, drop
 from megajax.parallel.expert_exchange import Axes, Exchange, MeshAxes, Sent, Work, exchange_of
 
 Array = jax.Array
@@ -47,7 +47,7 @@ class Dispatcher:
     capacity_factor: an expert takes ceil(T * K / E * factor) rows from each device, None all it is given. The rest is
     dropped: the least probable or the last ones (`drop_policy`). pad_to_capacity: experts read fixed shapes [e, C, D].
     `alltoall` always does, since its messages have fixed shapes; results never depend on it. block: rows that a group
-    of the grouped layout is rounded up to, at least (`megajax.ops.grouped.block_for`); GPU kernels like 128.
+    of the grouped layout is rounded up to, at least, and most_rows at most (`megajax.ops.grouped.block_for`).
     """
 
     kind: Literal["allgather", "alltoall", "ragged"] = "allgather"
@@ -55,6 +55,12 @@ class Dispatcher:
     drop_policy: DropPolicy = "probs"
     pad_to_capacity: bool = False
     block: int = 128
+    most_rows: int = LOOP.most_rows
+
+    @property
+    def pads(self) -> bool:
+        """Whether experts read fixed shapes, and not groups."""
+        return self.pad_to_capacity or (self.kind == "alltoall" and self.capacity_factor is not None)
 
     def __post_init__(self) -> None:
         if self.pad_to_capacity and self.capacity_factor is None:
@@ -224,7 +230,7 @@ class ExpertSteps:
         gathered = self.axes.gathered((*self.axes.ep, *self.axes.etp))
         mesh = jax.sharding.get_abstract_mesh()
         rows = self.tokens * math.prod(mesh.shape[axis] for axis in gathered) * top_k // self.num_experts
-        block = block_for(rows, dispatcher.block)
+        block = block_for(rows, dispatcher.block, dispatcher.most_rows)
         work = Work(fn, self.num_experts, limit, block, dispatcher.pad_to_capacity, self.axes)
         return exchange_of(dispatcher.kind, limit), work
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -23,7 +22,16 @@ from jax.sharding import Mesh
 
 from megajax.parallel.aot import GPUS_PER_NODE, Target
 from megajax.parallel.census import Collective, Kind, collective_of, kind_of
-from megajax.parallel.hlo import Instruction, Where, arrays_of, bytes_of, computations_of, flops_of
+from megajax.parallel.hlo import Instruction, Where, bytes_of, computations_of
+from megajax.parallel.kernel_calls import (
+    RERUN,
+    BlocksOf,
+    executed_flops,
+    kernel_name,
+    recomputed_share,
+    rows_of_groups,
+    told,
+)
 
 _FREE = frozenset({
     *("parameter", "constant", "iota", "partition-id", "replica-id"),
@@ -94,18 +102,27 @@ Shares = Mapping[int, tuple[float, ...]]
 do, and all devices take the same; of more, devices differ, and wait for the one that has most to do."""
 
 
-def estimate(hlo_text: str, mesh: Mesh, target: Target, shares: Shares | None = None, *, turns: int = 1) -> Estimate:
+def estimate(
+    hlo_text: str,
+    mesh: Mesh,
+    target: Target,
+    shares: Shares | None = None,
+    *,
+    turns: int = 1,
+    blocks_of: BlocksOf | None = None,
+) -> Estimate:
     """Reads a compiled program for the devices of `mesh`, of the kind `target`.
 
     Args:
       shares: how often conditionals in loops take which branch; without it, always the longest.
       turns: of loops whose number of turns is known at run time only.
+      blocks_of: how much grouped kernels do; `turns` blocks by default.
 
     Raises:
       ValueError: the text is not that of a compiled program.
     """
     computations, entry = computations_of(hlo_text)
-    program = _Program(computations, mesh, target, shares or {}, turns)
+    program = _Program(computations, mesh, target, shares or {}, turns, blocks_of or (lambda rows: turns))
     run = program.run(entry, Where())
     return Estimate(run.clock, run.compute, run.flops, run.recomputed, tuple(program.transfers), program.kernels)
 
@@ -146,10 +163,16 @@ class _Pending(NamedTuple):
 
 class _Program:
     def __init__(
-        self, computations: Mapping[str, list[Instruction]], mesh: Mesh, target: Target, shares: Shares, turns: int
+        self,
+        computations: Mapping[str, list[Instruction]],
+        mesh: Mesh,
+        target: Target,
+        shares: Shares,
+        turns: int,
+        blocks_of: BlocksOf,
     ) -> None:
         self.computations, self.mesh, self.target, self.shares = computations, mesh, target, shares
-        self.turns = turns
+        self.turns, self.blocks_of = turns, blocks_of
         self.mesh_shape = tuple(mesh.shape.items())
         self.transfers: list[Transfer] = []
         self.kernels: dict[str, float] = {}
@@ -177,7 +200,7 @@ class _Program:
                 inside = Where((*where.loops, instruction.trips), where.conditional)
                 for called in instruction.called:
                     turn = self.run(called, inside)
-                    if _RERUN in instruction.op_name:  # a body that loops share is named after one of them
+                    if RERUN in instruction.op_name:  # a body that loops share is named after one of them
                         turn.recomputed = turn.flops
                     run.add(turn, trips)
             elif opcode == "conditional":
@@ -226,13 +249,13 @@ class _Program:
         self.transfers.append(Transfer(pending.collective, times, asynchronous, pending.network, *seconds))
 
     def _operate(self, instruction: Instruction, run: _Run, where: Where) -> None:
-        work = [(inner, _flops(inner)) for inner in self._inside(instruction)]
+        work = [(inner, executed_flops(inner, self.blocks_of)) for inner in self._inside(instruction)]
         flops = sum(count for _, count in work)
         seconds = max(flops / self._peak(instruction), self._traffic(instruction) / self.target.bandwidth)
         run.clock += seconds
         run.compute += seconds
         run.flops += flops
-        run.recomputed += sum(count * _recomputed(inner) for inner, count in work if count)
+        run.recomputed += sum(count * recomputed_share(inner) for inner, count in work if count)
         kernel = kernel_name(instruction)
         if kernel is not None:
             times = math.prod(trips or self.turns for trips in where.loops)
@@ -274,27 +297,12 @@ class _Program:
             return 2 * bytes_of(instruction.shape)
         if instruction.opcode == "dynamic-update-slice":
             return 2 * bytes_of(instruction.reads[1].shape)
+        rows = rows_of_groups(instruction, self.blocks_of)
+        if rows is not None:
+            return rows * told(instruction, "bytes_a_row") + told(instruction, "bytes_besides")
         if instruction.opcode in ("broadcast", "rng-bit-generator"):
             return bytes_of(instruction.shape)
         return bytes_of(instruction.shape) + sum(bytes_of(read.shape) for read in instruction.reads)
-
-
-def _flops(instruction: Instruction) -> int:
-    if instruction.opcode == "dot" or "__cublas$" in instruction.attributes:
-        return flops_of(instruction)
-    return attention_flops(instruction) if "__cudnn$fmha" in instruction.attributes else 0
-
-
-_RERUN = "rematted_computation"
-
-
-def _recomputed(instruction: Instruction) -> float:
-    """The share of its FLOPs that were done before: all under `jax.checkpoint`'s second run, as JAX names it, and one
-    of the five products of fused attention's backward pass, the scores.
-    """
-    if _RERUN in instruction.op_name:
-        return 1.0
-    return 0.2 if "__cudnn$fmha" in instruction.attributes and "Backward" in instruction.attributes else 0.0
 
 
 def _traffic_of_fusion(body: tuple[Instruction, ...]) -> int:
@@ -368,30 +376,3 @@ def collective_seconds(collective: Collective, per_node: int, target: Target) ->
     else:
         between = sent / ((n - 1) / n) * (n - per_node) / n
     return max(between / target.network, sent / target.nvlink if per_node > 1 else 0.0)
-
-
-def attention_flops(instruction: Instruction) -> int:
-    """Of a call of cuDNN's attention on q [B, S, N, K] and k [B, T, G, K]: two products of 2 B N S T K forward and five
-    backward, halved under a causal mask, as half of each is needed.
-    """
-    q, k = (arrays_of(read.shape)[0] for read in instruction.reads[:2])
-    products = 5 if "Backward" in instruction.attributes else 2
-    causal = re.search(r'"mask_type":\s*"[A-Z_]*CAUSAL', instruction.attributes) is not None
-    return products * 2 * math.prod(q) * k[1] // (2 if causal else 1)
-
-
-_XLA_KERNELS = {
-    "__triton_gemm": "XLA: Triton matrix product",
-    "__triton_nested_gemm_fusion": "XLA: Triton matrix product",
-    "__triton": "XLA: Triton reduction",
-    "__custom_fusion": "XLA: custom fusion",
-}
-
-
-def kernel_name(instruction: Instruction) -> str | None:
-    """What a call of a library or a hand-written kernel goes by; None for what XLA generates for itself."""
-    target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
-    if target is not None:
-        return target[1]
-    kind = re.search(r'"kind":"(__[\w$]+)"', instruction.attributes)
-    return None if kind is None else _XLA_KERNELS.get(kind[1], kind[1])

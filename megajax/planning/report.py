@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from megajax.config import Config, TransformerConfig
 from megajax.models.family import Family
-from megajax.ops.grouped import block_for
+from megajax.ops.grouped import LOOP, block_for
 from megajax.parallel.aot import absent_gpus, target_of
 from megajax.parallel.mesh import describe
 from megajax.parallel.pipeline import Lockstep
@@ -161,8 +162,9 @@ def report_of(compiled: Compiled, target: str) -> Report:
     program, gpu = compiled.program, target_of(target)
     config, mesh = program.config, program.mesh
     schedule = _schedule(config, compiled)
-    turns = _blocks_of_rows(config)
-    found = estimate(compiled.executable.as_text(), mesh, gpu, _shares(config, schedule), turns=turns)
+    blocks_of = partial(_blocks_of_rows, config)
+    text, shares = compiled.executable.as_text(), _shares(config, schedule)
+    found = estimate(text, mesh, gpu, shares, turns=blocks_of(None), blocks_of=blocks_of)
     samples = compiled.num_microbatches * program.batches.micro_batch_size * program.batches.data_parallel_size
     seq_length = config.data.seq_length
     work = program.family.flops(config.model, batch_size=samples, seq_length=seq_length) / mesh.size
@@ -202,9 +204,9 @@ _BLOCK = 128
 """Rows that experts read at a time, at least (`megajax.transformer.moe`)."""
 
 
-def _blocks_of_rows(config: Config) -> int:
-    """Turns of the loops over what the experts of a device are given, if the router gives all experts alike: half a
-    block of each group is empty.
+def _blocks_of_rows(config: Config, block: int | None) -> int:
+    """Blocks of what the experts of a device are given, if the router gives all experts alike: half a block of each
+    group is empty. block: rows of one; None for those that the loop takes.
     """
     model, parallel = config.model, config.parallel
     if model.num_moe_experts is None:
@@ -213,7 +215,7 @@ def _blocks_of_rows(config: Config) -> int:
     rows = tokens * (model.moe_router_topk or 1) * parallel.resolved_expert_tensor_parallel_size
     rows //= parallel.tensor_model_parallel_size
     experts = model.num_moe_experts // parallel.expert_model_parallel_size
-    return rows // block_for(rows // experts, _BLOCK) + experts // 2
+    return rows // (block or block_for(rows // experts, _BLOCK, LOOP.most_rows)) + experts // 2
 
 
 def _recompute(model: TransformerConfig) -> str:

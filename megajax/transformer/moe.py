@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from megajax import kernels
 from megajax.config import TransformerConfig
+from megajax.kernels import Choice
 from megajax.ops.activations import ACTIVATIONS, activate, gated
 from megajax.ops.attach import attach
-from megajax.ops.grouped import Groups, expert_counts, grouped_bias, grouped_matmul
+from megajax.ops.grouped import LOOP, GroupedKernel, Groups, expert_counts, grouped_bias, grouped_matmul
 from megajax.ops.router import Routing, load_balancing_loss, route, sinkhorn_route, z_loss
 from megajax.parallel.expert import Dispatcher, ExpertSteps, dispatch
 from megajax.parallel.expert_exchange import Sent
@@ -156,6 +158,12 @@ class Experts(nn.Module):
         params = self.weights()
         return dispatch(x_BSD, ids_BSK, weights_BSK, params, **self._how(x_BSD, params))
 
+    def kernel(self, dispatcher: Dispatcher, dtype: Any, widths: tuple[int, int]) -> GroupedKernel:
+        """What computes the products of groups. widths: D and F on a device."""
+        del dtype, widths
+        kernels.record(Choice("experts", "plain" if dispatcher.pads else "blocks"))
+        return LOOP
+
     # The same in three steps, for a schedule that overlaps them with other work.
 
     def send(self, x_BSD: Array, ids_BSK: Array, weights_BSK: Array) -> Sent:
@@ -198,10 +206,13 @@ class Experts(nn.Module):
                 return PartitionSpec(ep, None if name == "linear_fc2" else etp)
             return PartitionSpec(ep, etp, None) if name == "linear_fc2" else PartitionSpec(ep, None, etp)
 
+        parts, dispatcher = _devices(etp), self._dispatcher(like.shape[0] * like.shape[1])
+        D, F = params["linear_fc1"]["kernel"].shape[1:]
+        kernel = self.kernel(dispatcher, like.dtype, (D, F // parts))
         return {
-            "expert_fn": functools.partial(self._mlp, parts=_devices(etp)),
+            "expert_fn": functools.partial(self._mlp, parts=parts, kernel=kernel),
             "num_experts": cfg.num_moe_experts,
-            "dispatcher": self._dispatcher(like.shape[0] * like.shape[1]),
+            "dispatcher": dataclasses.replace(dispatcher, most_rows=kernel.most_rows),
             "token_spec": PartitionSpec(axes("batch"), axes("residual_seq")),
             "ep": ep,
             "etp": etp,
@@ -216,22 +227,24 @@ class Experts(nn.Module):
             capacity_factor=cfg.moe_expert_capacity_factor,
             drop_policy=cfg.moe_token_drop_policy,
             pad_to_capacity=cfg.moe_pad_expert_input_to_capacity,
-            # What is rounded up is computed in vain: few tokens, small blocks.
-            block=min(128, max(8, 1 << math.ceil(math.log2(max(rows, 1))))),
+            # What is rounded up is computed in vain: few tokens, small blocks, but for what a GPU multiplies at once.
+            block=min(128, max(16, 1 << math.ceil(math.log2(max(rows, 1))))),
         )
 
-    def _mlp(self, params: Any, x: Array, weights: Array, groups: Groups | None, *, parts: int) -> Array:
+    def _mlp(
+        self, params: Any, x: Array, weights: Array, groups: Groups | None, *, parts: int, kernel: GroupedKernel
+    ) -> Array:
         """parts: devices that share an expert; what they return is summed."""
         cfg = self.config
         activation = ACTIVATIONS[cfg.activation_func]
         weights = weights[..., None].astype(x.dtype)
 
         def linear(name: str, x: Array) -> Array:
-            y = grouped_matmul(x, params[name]["kernel"], groups)
+            y = grouped_matmul(x, params[name]["kernel"], groups, kernel)
             return y + grouped_bias(params[name]["bias"], x, groups) if cfg.add_mlp_bias else y
 
         def project(x: Array) -> Array:
-            y = grouped_matmul(x, params["linear_fc2"]["kernel"], groups)
+            y = grouped_matmul(x, params["linear_fc2"]["kernel"], groups, kernel)
             if not cfg.add_mlp_bias:
                 return y
             bias = grouped_bias(params["linear_fc2"]["bias"], x, groups) / parts

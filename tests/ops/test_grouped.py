@@ -79,7 +79,8 @@ def test_groups_are_rounded_up() -> None:
 
 @pytest.mark.parametrize(("rows", "block"), [(0, 128), (1, 128), (2047, 128), (2048, 256), (4096, 512), (10**6, 512)])
 def test_blocks_grow_with_the_rows(rows: int, block: int) -> None:
-    assert grouped.block_for(rows, 128) == block
+    assert grouped.block_for(rows, 128, 512) == block
+    assert grouped.block_for(rows, 128, 128) == 128
 
 
 def test_permute_and_unpermute_are_transposes() -> None:

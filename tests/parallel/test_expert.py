@@ -4,6 +4,7 @@
 import collections
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from megajax.config import ConfigError
 from megajax.ops import grouped
+from megajax.ops.grouped_kernel import PALLAS, grouped_product
 from megajax.parallel import expert
-from megajax.parallel.expert import Dispatcher, dispatch
+from megajax.parallel.expert import Dispatcher, ExpertFn, dispatch
 
 AXES = ("pp", "replica", "dp", "ep", "cp", "ulysses", "tp")
 B, S, D, F, E, K = 8, 4, 3, 4, 8, 2
@@ -31,7 +33,7 @@ def make_mesh(**sizes: int) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def inputs() -> tuple[Any, dict[str, Any], Any, Any, Any]:
+def inputs(D: int = D, F: int = F) -> tuple[Any, dict[str, Any], Any, Any, Any]:
     """x, params, ids, probs, and the weights of a loss. Everybody's first choice is expert 5, no one chooses 2."""
     r = np.random.default_rng(0)
     second = r.choice([0, 1, 3, 4, 6, 7], (B, S))
@@ -42,9 +44,11 @@ def inputs() -> tuple[Any, dict[str, Any], Any, Any, Any]:
     return f32[0], dict(zip(("fc1", "bias", "fc2"), f32[1:4], strict=True)), ids.astype(np.int32), probs, f32[4]
 
 
-def expert_fn(params: Any, x: jax.Array, probs: jax.Array, groups: grouped.Groups | None) -> jax.Array:
-    h = grouped.grouped_matmul(x, params["fc1"], groups) + grouped.grouped_bias(params["bias"], x, groups)
-    return grouped.grouped_matmul(jnp.tanh(h) * probs[..., None], params["fc2"], groups)
+def expert_fn(
+    params: Any, x: jax.Array, probs: jax.Array, groups: grouped.Groups | None, kernel: Any = grouped.LOOP
+) -> jax.Array:
+    h = grouped.grouped_matmul(x, params["fc1"], groups, kernel) + grouped.grouped_bias(params["bias"], x, groups)
+    return grouped.grouped_matmul(jnp.tanh(h) * probs[..., None], params["fc2"], groups, kernel)
 
 
 def dense(x: Any, params: Any, probs: Any, weight_BSKE: Any) -> jax.Array:
@@ -137,13 +141,15 @@ def param_specs(case: Case) -> dict[str, P]:
     return {"fc1": P(case.ep, None, case.etp), "bias": P(case.ep, case.etp), "fc2": P(case.ep, case.etp, None)}
 
 
-def run(case: Case, x: Any, params: Any, ids: Any, probs: Any, num_experts: int = E) -> jax.Array:
+def run(
+    case: Case, x: Any, params: Any, ids: Any, probs: Any, num_experts: int = E, fn: ExpertFn = expert_fn
+) -> jax.Array:
     return dispatch(
         x,
         ids,
         probs,
         params,
-        expert_fn,
+        fn,
         num_experts=num_experts,
         dispatcher=case.dispatcher,
         token_spec=P(("dp", "ep"), case.seq),
@@ -166,7 +172,25 @@ def assert_close(got: Any, expected: Any) -> None:
 @pytest.mark.usefixtures("ragged_on_cpu")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_output_and_gradients(case: Case) -> None:
-    x, params, ids, probs, weight = inputs()
+    text = assert_equals_one_device(case, expert_fn, *inputs())
+    if case.forward is not None:
+        # The gradient of each exchange is the opposite one. Replicated experts sum their gradient of fc2, [E, F, D].
+        twice = {name: 2 * count for name, count in case.forward.items()}
+        copies = {"all-reduce": 1} if "dp" in case.mesh else {}
+        assert collectives(text) == twice | copies
+
+
+@pytest.mark.parametrize("name", ["allgather", "allgather-etp-same-tokens", "alltoall-folded"])
+def test_the_grouped_kernel_on_a_mesh(name: str) -> None:
+    """Interpreted, with what it asks of sizes."""
+    case = next(case for case in CASES if case.name == name)
+    case = dataclasses.replace(case, dispatcher=dataclasses.replace(case.dispatcher, block=16, most_rows=128))
+    kernel = PALLAS._replace(product=partial(grouped_product, interpret=True))
+    assert_equals_one_device(case, partial(expert_fn, kernel=kernel), *inputs(16, 32))
+
+
+def assert_equals_one_device(case: Case, fn: ExpertFn, x: Any, params: Any, ids: Any, probs: Any, weight: Any) -> str:
+    """Output and gradients; returns the compiled program."""
     mesh = make_mesh(**case.mesh)
     cut = tuple(int(np.prod([mesh.shape[a] for a in axes])) for axes in (("dp", "ep"), case.seq))
     d = case.dispatcher
@@ -175,15 +199,11 @@ def test_output_and_gradients(case: Case) -> None:
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (P(("dp", "ep"), case.seq), param_specs(case)))
     shardings = (*placed, placed[0])
     with jax.set_mesh(mesh):
-        f = jax.value_and_grad(lambda x, params, probs: (weight * run(case, x, params, ids, probs)).sum(), (0, 1, 2))
+        f = jax.value_and_grad(lambda x, w, probs: (weight * run(case, x, w, ids, probs, fn=fn)).sum(), (0, 1, 2))
         step = jax.jit(f, in_shardings=shardings, out_shardings=(None, shardings)).lower(x, params, probs).compile()
         got = step(*jax.device_put((x, params, probs), shardings))
     assert_close(got, expected)
-    if case.forward is not None:
-        # The gradient of each exchange is the opposite one. Replicated experts sum their gradient of fc2, [E, F, D].
-        twice = {name: 2 * count for name, count in case.forward.items()}
-        copies = {"all-reduce": 1} if "dp" in case.mesh else {}
-        assert collectives(step.as_text() or "") == twice | copies
+    return step.as_text() or ""
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,22 @@ def test_turns_that_only_a_run_knows():
         assert found.transfers[0].times == turns
 
 
+def test_a_grouped_kernel_does_what_it_says_of_as_many_rows_as_there_are():
+    """Also bytes: of the 4,096 rows of its operand it reads as many as hold something."""
+    said = 'frontend_attributes={bytes_a_row="64",bytes_besides="1000",flops_a_row="2000",rows_a_block="128"}'
+    name = 'metadata={op_name="jit(step)/rematted_computation"}, backend_config={ir = "", name = "grouped_matmul"}'
+    text = program(
+        "%x = f32[4096,1024]{1,0} constant({...})",
+        f'ROOT %r = f32[4096,1024]{{1,0}} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", {said}, {name}',
+    )
+    gpu = dataclasses.replace(GPU, bandwidth=1e6)
+    for blocks in (1, 5):
+        found = estimate(text, mesh(), gpu, blocks_of=lambda rows, blocks=blocks: blocks if rows == 128 else 0)
+        assert found.flops == found.recomputed == 2000 * 128 * blocks
+        assert found.seconds == pytest.approx((64 * 128 * blocks + 1000) / 1e6)
+        assert found.kernels == {"Pallas: grouped_matmul": 1}
+
+
 def test_a_loop_that_runs_again_is_recomputed_whatever_its_body_is_called():
     text = looped("%idle", "%busy").replace("rematted_computation", "forward")
     again = text.replace("body=%body,", 'body=%body, metadata={op_name="transpose/rematted_computation/while"},')

@@ -1,0 +1,221 @@
+"""The grouped matrix product and its gradients as GPU kernels, in Pallas, compiled by Triton.
+
+`megajax.ops.grouped` has the same as a loop of one small product after the other, which leaves most of a GPU idle. Here
+one kernel computes all of them: each of its programs, of which a GPU runs hundreds side by side, makes a tile of the
+result. A tile has one expert, since groups are whole blocks of rows, and its program finds it in a table. A tile behind
+the last group is filled with zeros and reads nothing.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+# R rows, E experts, D width of rows, F width of products; I tiles of rows
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from megajax.ops.grouped import GroupedKernel
+
+Array = jax.Array
+Ref = Any
+"""An array in the GPU's memory: indexing it loads."""
+
+LEAST = 16
+"""Rows, and columns, of the smallest of a GPU's matrix products: what all sizes must be multiples of."""
+
+_SHARED_MEMORY = 160 * 1024
+"""Bytes for the tiles that are on their way; an A100 has 163 KiB for a block of threads, an H100 227."""
+_BAND = 8
+"""Tiles of rows that programs which run side by side have in common, so that the cache holds what they all read."""
+
+
+class Tile(NamedTuple):
+    """What a program computes: rows x columns of the result, `inner` terms of each sum at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+
+    @classmethod
+    def of(cls, rows: int, columns: int, inner: int) -> "Tile":
+        """The largest for an array of these sizes: `rows` and `inner` divide it, of the last tile of columns at most an
+        eighth of the array is missing."""
+        wide = next(c for c in (256, 128, 64, 32, LEAST) if -columns % c <= columns / 8)
+        return cls(min(128, rows & -rows), wide, min(64, inner & -inner))
+
+    @property
+    def params(self) -> triton.CompilerParams:
+        """How many threads share it, and how many steps ahead they load."""
+        bytes_of_a_step = 2 * self.inner * (self.rows + self.columns)
+        stages = min(4, _SHARED_MEMORY // bytes_of_a_step)
+        return triton.CompilerParams(num_warps=8 if self.rows * self.columns >= 128 * 128 else 4, num_stages=stages)
+
+
+def grouped_product(x_RD: Array, w_EDF: Array, sizes_E: Array, block: int, *, interpret: bool = False) -> Array:
+    """Each row times the kernel of its expert: [R, F], in x's dtype; sums are in fp32. Zero behind the last group.
+
+    Args:
+      x_RD, w_EDF: bf16 or fp16. D, F, R and block are multiples of `LEAST`.
+      sizes_E: as in `megajax.ops.grouped.Groups`; so is block.
+      interpret: runs on any device and in any dtype, slowly: for tests.
+    """
+    return _product(interpret, block, x_RD, w_EDF, sizes_E)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(interpret: bool, block: int, x_RD: Array, w_EDF: Array, sizes_E: Array) -> Array:
+    return _rows_times(interpret, block, x_RD, w_EDF, sizes_E)
+
+
+def _product_fwd(interpret: bool, block: int, x_RD: Array, w_EDF: Array, sizes_E: Array):
+    return _rows_times(interpret, block, x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
+
+
+def _product_bwd(interpret: bool, block: int, saved: tuple[Array, Array, Array], dy_RF: Array):
+    x_RD, w_EDF, sizes_E = saved
+    dx_RD = _rows_times(interpret, block, dy_RF, w_EDF, sizes_E, transposed=True)
+    dw_EDF = _outer(interpret, block, x_RD, dy_RF, sizes_E, w_EDF.dtype)
+    return dx_RD, dw_EDF, np.zeros(sizes_E.shape, jax.dtypes.float0)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+PALLAS = GroupedKernel(grouped_product, most_rows=128)
+"""Its programs hold 128 rows; neighbours read an expert's kernel together, however small the blocks."""
+
+
+def _rows_times(
+    interpret: bool, block: int, x_RD: Array, w_EDF: Array, sizes_E: Array, *, transposed: bool = False
+) -> Array:
+    """[R, F]; transposed: of rows [R, F] the product with w's transpose, [R, D], for which w is only read otherwise."""
+    (R, inner), (E, *widths) = x_RD.shape, w_EDF.shape
+    F = widths[0 if transposed else 1]
+    tile = Tile.of(block, F, inner)
+    ends_E = jnp.cumsum(sizes_E) // tile.rows
+    expert_I = jnp.searchsorted(ends_E, jnp.arange(R // tile.rows), side="right", method="compare_all")
+    call = pl.pallas_call(
+        functools.partial(_rows_times_kernel, tile=tile, transposed=transposed),
+        name="grouped_matmul",
+        grid=(R // tile.rows * pl.cdiv(F, tile.columns),),
+        out_shape=jax.ShapeDtypeStruct((R, F), x_RD.dtype),
+        compiler_params=tile.params,
+        interpret=interpret,
+    )
+    with _says(block, inner * F, read=inner, besides=(E * inner + R) * F, itemsize=x_RD.dtype.itemsize):
+        return call(expert_I.astype(jnp.int32), x_RD, w_EDF)
+
+
+def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, tile: Tile, transposed: bool) -> None:
+    (R, F), E, inner = y_ref.shape, w_ref.shape[0], x_ref.shape[1]
+    i, j = _banded(pl.program_id(0), R // tile.rows, pl.cdiv(F, tile.columns))
+    rows, columns = pl.ds(i * tile.rows, tile.rows), _Span(j * tile.columns, tile.columns, F)
+    expert = expert_ref[i]
+
+    def add(step: Array, y: Array) -> Array:
+        terms = pl.ds(step * tile.inner, tile.inner)
+        if transposed:
+            w = columns.load(w_ref.at[expert, columns.slice, terms], dim=0)
+        else:
+            w = columns.load(w_ref.at[expert, terms, columns.slice], dim=1)
+        return y + triton.dot(x_ref[rows, terms], w, trans_b=transposed)
+
+    steps = (expert < E).astype(jnp.int32) * (inner // tile.inner)
+    y = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
+    mask = jnp.broadcast_to(columns.there, y.shape) if columns.cut else None
+    triton.store(y_ref.at[rows, columns.slice], y.astype(y_ref.dtype), mask=mask)
+
+
+def _outer(interpret: bool, block: int, x_RD: Array, dy_RF: Array, sizes_E: Array, dtype: Any) -> Array:
+    """The gradient of kernels [E, D, F]: x' dy over the rows of each expert."""
+    D, F, E = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
+    tile = _outer_tile(D, F, block)
+    ends_E = jnp.cumsum(sizes_E)
+    call = pl.pallas_call(
+        functools.partial(_outer_kernel, tile=tile),
+        name="grouped_matmul_dw",
+        grid=(E * pl.cdiv(D, tile.rows) * pl.cdiv(F, tile.columns),),
+        out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
+        compiler_params=tile.params,
+        interpret=interpret,
+    )
+    with _says(block, D * F, read=D + F, besides=E * D * F, itemsize=x_RD.dtype.itemsize):
+        return call((ends_E - sizes_E).astype(jnp.int32), sizes_E.astype(jnp.int32), x_RD, dy_RF)
+
+
+def _outer_tile(D: int, F: int, block: int) -> Tile:
+    wide = Tile.of(block, F, block)
+    tall = next(rows for rows in (128, 64, 32, LEAST) if -D % rows <= D / 8)
+    return wide._replace(rows=tall)
+
+
+def _outer_kernel(start_ref: Ref, size_ref: Ref, x_ref: Ref, dy_ref: Ref, dw_ref: Ref, *, tile: Tile) -> None:
+    _, D, F = dw_ref.shape
+    tall, wide = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.columns)
+    program = pl.program_id(0)
+    expert = lax.div(program, tall * wide)
+    i, j = _banded(lax.rem(program, tall * wide), tall, wide)
+    down, across = _Span(i * tile.rows, tile.rows, D), _Span(j * tile.columns, tile.columns, F)
+    start = start_ref[expert]
+
+    def add(step: Array, dw: Array) -> Array:
+        rows = pl.ds(start + step * tile.inner, tile.inner)
+        x = down.load(x_ref.at[rows, down.slice], dim=1)
+        dy = across.load(dy_ref.at[rows, across.slice], dim=1)
+        return dw + triton.dot(x, dy, trans_a=True)
+
+    steps = lax.div(size_ref[expert], tile.inner)
+    dw = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
+    mask = down.there[:, None] & across.there[None, :] if down.cut or across.cut else None
+    triton.store(dw_ref.at[expert, down.slice, across.slice], dw.astype(dw_ref.dtype), mask=mask)
+
+
+class _Span(NamedTuple):
+    """`count` neighbours from `first` on, of a dim of `size`; the last ones may lie behind its end."""
+
+    first: Array
+    count: int
+    size: int
+
+    @property
+    def slice(self) -> Any:
+        return pl.ds(self.first, self.count)
+
+    @property
+    def cut(self) -> bool:
+        return self.size % self.count > 0
+
+    @property
+    def there(self) -> Array:
+        return self.first + jnp.arange(self.count) < self.size
+
+    def load(self, ref: Ref, dim: int) -> Array:
+        """A tile whose `dim` it is; zero behind the end."""
+        if not self.cut:
+            return triton.load(ref)
+        mask = jnp.broadcast_to(jnp.expand_dims(self.there, 1 - dim), ref.shape)
+        return triton.load(ref, mask=mask, other=0.0)
+
+
+def _banded(program: Array, rows: int, columns: int) -> tuple[Array, Array]:
+    """Row and column of a program's tile: band after band of `_BAND` rows, each column after column."""
+    above = lax.div(program, _BAND * columns) * _BAND
+    inside, height = lax.rem(program, _BAND * columns), jnp.minimum(rows - above, _BAND)
+    return above + lax.rem(inside, height), lax.div(inside, height)
+
+
+def _says(block: int, products: int, *, read: int, besides: int, itemsize: int) -> Any:
+    """Writes into the program's text what the kernel does, for those who count: `megajax.parallel.roofline`.
+
+    How many rows there are is known at run time only; what depends on it is said of one row.
+    """
+    return set_xla_metadata(
+        rows_a_block=block,
+        flops_a_row=2 * products,
+        bytes_a_row=read * itemsize,
+        bytes_besides=besides * itemsize,
+    )
