@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 
 from megajax.config import TransformerConfig
-from megajax.config_kernels import AttentionBackend, Fp8Format
+from megajax.config_kernels import AttentionBackend, Fp8Format, GroupedGemmBackend
 from megajax.config_parallel import ContextComm
 from megajax.kernels import Capability
 from megajax.parallel.mesh import gpu_capability
@@ -16,6 +16,7 @@ from megajax.ssm.state_space import StateSpace
 from megajax.transformer.attention import DotProductAttention
 from megajax.transformer.fused_attention import FusedAttention
 from megajax.transformer.linear import ColumnParallelLinear, RowParallelLinear
+from megajax.transformer.moe import Experts
 from megajax.transformer.norms import L2Norm, LayerNorm, RMSNorm
 
 
@@ -40,6 +41,10 @@ class BackendSpecProvider(Protocol):
 
     def core_attention(self) -> Builder:
         """Queries, keys and values to outputs; see `DotProductAttention` for the call."""
+        ...
+
+    def experts(self) -> Builder:
+        """The MLPs of a layer's experts; see `Experts` for the call. Megatron: `grouped_mlp_modules`."""
         ...
 
     def state_space(self) -> Builder:
@@ -83,6 +88,10 @@ class LocalSpecProvider:
             return DotProductAttention
         return ModuleSpec(DotProductAttention, params={"cp_comm_type": self.cp_comm_type, "zigzag": self.zigzag})
 
+    def experts(self) -> Builder:
+        """MLPs by a loop of matrix products."""
+        return Experts
+
     def state_space(self) -> Builder:
         """The recurrence in chunks of matrix products."""
         return ModuleSpec(StateSpace, params={"zigzag": True}) if self.zigzag else StateSpace
@@ -99,7 +108,7 @@ class TESpecProvider:
     Attributes:
       local: what fills the other slots: linears, norms and activations are plain JAX, which XLA fuses itself.
       gpu: compute capability of the GPUs that will run it, those of this machine by default; None: no NVIDIA GPU.
-      attention_backend: which attention is wanted; strict: plain JAX will not do.
+      attention_backend, grouped_gemm_backend: which kernels are wanted; strict: plain JAX will not do.
       fp8: what linears compute in; None is the dtype of activations.
       cudnn_missing: the program is compiled where there is no cuDNN.
     """
@@ -109,6 +118,7 @@ class TESpecProvider:
     attention_backend: AttentionBackend = "auto"
     strict: bool = False
     cudnn_missing: bool = False
+    grouped_gemm_backend: GroupedGemmBackend = "auto"
     fp8: Fp8Format | None = None
 
     def column_parallel_linear(self) -> Builder:
@@ -135,6 +145,14 @@ class TESpecProvider:
         params |= {"cudnn_missing": self.cudnn_missing}
         params |= {"cp_comm_type": self.local.cp_comm_type, "zigzag": self.local.zigzag}
         return ModuleSpec(FusedAttention, params=params)
+
+    def experts(self) -> Builder:
+        """MLPs by the kernel that the table chooses."""
+        from megajax.transformer.fused_experts import FusedExperts  # loads Pallas, which not every machine needs
+
+        return ModuleSpec(
+            FusedExperts, params={"gpu": self.gpu, "wanted": self.grouped_gemm_backend, "strict": self.strict}
+        )
 
     def state_space(self) -> Builder:
         """The recurrence in chunks of matrix products."""

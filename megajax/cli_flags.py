@@ -254,7 +254,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
         "the model has no experts; it needs --num-moe-experts",
     ),
     NoEffect(
-        tuple(name for name in MoEConfig.__dataclass_fields__ if name != "num_moe_experts"),
+        ("grouped_gemm_backend", *(name for name in MoEConfig.__dataclass_fields__ if name != "num_moe_experts")),
         lambda c: c.model.num_moe_experts is not None,
         "the model has no experts; it needs --num-moe-experts",
     ),

@@ -10,6 +10,7 @@ from megajax.config_checks import require
 
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 AttentionBackend = Literal["auto", "fused", "unfused", "local"]
+GroupedGemmBackend = Literal["auto", "fused", "unfused"]
 Fp8Format = Literal["e4m3", "hybrid"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8", "custom"]
 
@@ -23,6 +24,9 @@ class KernelConfig:
     has them."""
     attention_backend: AttentionBackend = "auto"
     """fused: cuDNN; unfused or local: plain JAX; auto: the first of these that can do it."""
+    grouped_gemm_backend: GroupedGemmBackend = "auto"
+    """How experts that drop no token are computed. fused: all their products in one kernel; unfused: a loop of products
+    in plain JAX; auto: the first of these that can do it."""
     fp8_format: Fp8Format | None = None
     """Linears of the layers compute in fp8, all but the experts and routers: e4m3, or hybrid, which has gradients in
     e5m2."""
@@ -33,6 +37,15 @@ class KernelConfig:
         require(
             self.transformer_impl != "local" or self.attention_backend in ("auto", "unfused", "local"),
             f"attention_backend={self.attention_backend!r} is not possible with transformer_impl='local'; drop one",
+        )
+        require(
+            self.transformer_impl != "local" or self.grouped_gemm_backend != "fused",
+            "grouped_gemm_backend='fused' is not possible with transformer_impl='local'; drop one",
+        )
+        require(
+            self.transformer_impl != "transformer_engine" or self.grouped_gemm_backend != "unfused",
+            "grouped_gemm_backend='unfused' is not possible with transformer_impl='transformer_engine'; use"
+            " transformer_impl='auto'",
         )
         require(
             self.fp8_format is None or self.transformer_impl != "local",

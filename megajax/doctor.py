@@ -91,9 +91,9 @@ def _choices(config: Config, target: str | None, gpu: Capability | None) -> tupl
             found = kernels_of_step(program.train_step, program.abstract_state, batch)
     except ConfigError as error:
         return (), str(error)
-    slots = other_slots(gpu, config.kernels, experts=config.model.num_moe_experts is not None)
+    slots = other_slots(gpu, config.kernels)
     found = tuple(choice for choice in found if choice.slot != "linears")
-    return (*(found or (Choice("attention", "plain", ""),)), *slots), None
+    return (*found, *slots), None
 
 
 def _whole_nodes(devices: int) -> int:

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megajax.config import ConfigError
-from megajax.config_kernels import KernelConfig
+from megajax.config_kernels import GroupedGemmBackend, KernelConfig
 
 Capability = tuple[int, int]
 """CUDA's compute capability: (9, 0) is Hopper."""
@@ -60,10 +60,25 @@ class AttentionUse:
         return left >= 0 or (right >= 0 and not self.causal)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsUse:
+    """What experts are asked for.
+
+    Attributes:
+      dtype: of their input.
+      padded: all have the same number of rows, so that their products are one batched product.
+      aligned: the widths of their linear maps, on a device, are multiples of 16.
+    """
+
+    dtype: str
+    padded: bool = False
+    aligned: bool = True
+
+
 class Rule(NamedTuple):
     """What a kernel cannot do: whether it is asked for, and how one says so."""
 
-    applies: Callable[[AttentionUse, Capability], bool]
+    applies: Callable[[Any, Capability], bool]
     reason: str
 
 
@@ -116,6 +131,21 @@ ATTENTION: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
 )
 """Kernel -> what it cannot do; the fastest first."""
 
+EXPERTS: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
+    {
+        "grouped": (
+            Rule(lambda use, gpu: gpu < (8, 0), "needs compute capability 8.0 (A100) or more"),
+            Rule(lambda use, gpu: use.dtype not in _HALF, "computes in bf16 or fp16; set bf16=True"),
+            Rule(
+                lambda use, gpu: not use.aligned,
+                "needs hidden_size (moe_latent_size) and a device's part of moe_ffn_hidden_size to be multiples of 16",
+            ),
+        ),
+        "blocks": (),
+    }
+)
+"""As `ATTENTION`, of experts that drop no token."""
+
 TITLES: Mapping[str, str] = MappingProxyType(
     {
         "cudnn": "cuDNN flash attention",
@@ -123,7 +153,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "gemm": "cuBLAS or Triton, as XLA's autotuner finds",
         "fp8": "fp8, by cuBLASLt",
         "xla": "XLA's own fusions",
-        "blocks": "a loop of products of 128 rows",
+        "grouped": "a grouped matrix product in Pallas",
+        "blocks": "a loop of products",
     }
 )
 
@@ -174,6 +205,35 @@ def choose_attention(use: AttentionUse, gpu: Capability | None, wanted: str, *, 
     raise ConfigError(f"{field} is not possible: {'; '.join(reasons)}; or use 'auto'")
 
 
+_WANTED_OF_EXPERTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"auto": ("grouped", "blocks"), "fused": ("grouped",), "unfused": ("blocks",)}
+)
+
+
+def choose_experts(
+    use: ExpertsUse, gpu: Capability | None, wanted: GroupedGemmBackend, *, strict: bool = False
+) -> Choice:
+    """The fastest kernel for experts; arguments as of `choose_attention`, wanted a value of `grouped_gemm_backend`.
+
+    Raises:
+      ConfigError: none of the wanted kernels can do it.
+    """
+    if use.padded:
+        return Choice("experts", "plain" if gpu is None else "gemm")
+    reasons = []
+    for kernel in _WANTED_OF_EXPERTS[wanted]:
+        rules = EXPERTS[kernel]
+        reason = next((rule.reason for rule in rules if rule.applies(use, gpu or (0, 0))), None)
+        if gpu is None and rules:
+            reason = "needs an NVIDIA GPU"
+        if reason is None and not (strict and kernel == "blocks"):
+            return Choice("experts", kernel, "; ".join(reasons))
+        if reason is not None:
+            reasons.append(f"{TITLES[kernel]} {reason}")
+    field = "transformer_impl='transformer_engine'" if strict else f"grouped_gemm_backend={wanted!r}"
+    raise ConfigError(f"{field} is not possible: {'; '.join(reasons)}; or use 'auto'")
+
+
 def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
     """What computes the linears of layers.
 
@@ -192,17 +252,13 @@ def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
     return Choice("linears", "plain" if gpu is None else "gemm" if fp8_format is None else "fp8")
 
 
-def other_slots(gpu: Capability | None, wanted: KernelConfig, *, experts: bool) -> tuple[Choice, ...]:
-    """The slots that are the same in every layer. experts: there are some."""
+def other_slots(gpu: Capability | None, wanted: KernelConfig) -> tuple[Choice, ...]:
+    """The slots that are the same in every layer."""
     # What XLA's fusions move, compiled for an H100, as a multiple of the fewest bytes there are: 1.0 forward, for
     # RMSNorm, LayerNorm and gated activations, and backward for these; 1.7 for RMSNorm backward and 3.0 for LayerNorm
     # backward, whose gradients of the scale take a pass of their own. cuDNN's norm, which XLA knows, moves 1.0 forward
     # and is not used backward, so it would be no gain.
-    ragged = (
-        "XLA's ragged_dot computes every row for every expert; a grouped kernel, which would be faster, is not here"
-    )
     return (
-        *((Choice("experts", "blocks", ragged),) if experts else ()),
         choose_linears(gpu, wanted),
         Choice("norms, activations, rotary embedding", "xla"),
     )

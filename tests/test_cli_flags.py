@@ -142,7 +142,7 @@ ENABLERS = {
     "--num-experts 8": (
         "expert_model_parallel_size expert_tensor_parallel_size moe_layer_freq moe_ffn_hidden_size moe_router_topk"
         " moe_router_score_function moe_router_pre_softmax moe_router_topk_scaling_factor"
-        " moe_router_load_balancing_type moe_aux_loss_coeff"
+        " moe_router_load_balancing_type moe_aux_loss_coeff grouped_gemm_backend"
         " moe_z_loss_coeff moe_input_jitter_eps moe_token_dispatcher_type moe_expert_capacity_factor"
         " moe_token_drop_policy moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size"
     ),

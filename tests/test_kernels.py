@@ -2,20 +2,35 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from megajax import kernels
 from megajax.backends import LocalSpecProvider, TESpecProvider
 from megajax.config import ConfigError, KernelConfig, TransformerConfig
-from megajax.kernels import ATTENTION, TITLES, WANTED, AttentionUse, choose_attention, refusal
+from megajax.kernels import (
+    ATTENTION,
+    EXPERTS,
+    TITLES,
+    WANTED,
+    AttentionUse,
+    ExpertsUse,
+    choose_attention,
+    choose_experts,
+    refusal,
+)
 from megajax.models.gpt.gpt_model import GPTModel
 from megajax.ops import flash_attention
+from megajax.ops.grouped_kernel import PALLAS, grouped_product
+from megajax.transformer import fused_experts
 
 A100, H100 = (8, 0), (9, 0)
+INTERPRETED = PALLAS._replace(product=partial(grouped_product, interpret=True))
 PLAIN_CAUSAL = AttentionUse(dtype="bfloat16", head_dim=128, value_dim=128, causal=True)
 
 CUDNN_CANNOT: list[tuple[tuple[int, int], dict[str, Any], str]] = [
@@ -86,6 +101,37 @@ def test_every_kernel_has_a_title_a_name_and_something_that_computes_it() -> Non
     assert {"plain", *flash_attention.KERNELS} == ATTENTION.keys() <= TITLES.keys()
     assert set().union(*WANTED.values()) == ATTENTION.keys()
     assert WANTED["auto"] == tuple(ATTENTION)
+    assert EXPERTS.keys() < fused_experts.KERNELS.keys() <= TITLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "use", "reason"),
+    [
+        ((7, 5), ExpertsUse(dtype="bfloat16"), "compute capability 8.0"),
+        (H100, ExpertsUse(dtype="float32"), "set bf16=True"),
+        (H100, ExpertsUse(dtype="float16", aligned=False), "moe_ffn_hidden_size to be multiples of 16"),
+        (None, ExpertsUse(dtype="bfloat16"), "needs an NVIDIA GPU"),
+    ],
+)
+def test_why_experts_are_a_loop_is_said(gpu: Any, use: ExpertsUse, reason: str) -> None:
+    choice = choose_experts(use, gpu, "auto")
+    assert choice.kernel == "blocks"
+    assert str(choice).startswith("experts: a loop of products (a grouped matrix product in Pallas ")
+    assert reason in choice.why
+    with pytest.raises(ConfigError, match="grouped_gemm_backend='fused' is not possible: a grouped") as error:
+        choose_experts(use, gpu, "fused")
+    assert reason in str(error.value)
+    with pytest.raises(ConfigError, match="transformer_impl='transformer_engine' is not possible: a grouped"):
+        choose_experts(use, gpu, "auto", strict=True)
+
+
+@pytest.mark.parametrize("gpu", [A100, H100, (10, 0)])
+def test_experts_that_drop_no_token_are_one_kernel(gpu: Any) -> None:
+    use = ExpertsUse(dtype="bfloat16")
+    assert str(choose_experts(use, gpu, "auto", strict=True)) == "experts: a grouped matrix product in Pallas"
+    assert choose_experts(use, gpu, "fused").kernel == "grouped"
+    assert str(choose_experts(use, gpu, "unfused")) == "experts: a loop of products"
+    assert choose_experts(dataclasses.replace(use, padded=True), gpu, "auto").kernel == "gemm"
 
 
 @pytest.mark.parametrize(
@@ -93,10 +139,12 @@ def test_every_kernel_has_a_title_a_name_and_something_that_computes_it() -> Non
     [
         {"transformer_impl": "local", "attention_backend": "fused"},
         {"transformer_impl": "transformer_engine", "attention_backend": "unfused"},
+        {"transformer_impl": "local", "grouped_gemm_backend": "fused"},
+        {"transformer_impl": "transformer_engine", "grouped_gemm_backend": "unfused"},
     ],
 )
 def test_contradictions_are_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"attention_backend=.* is not possible with transformer_impl"):
+    with pytest.raises(ConfigError, match=r"(attention|grouped_gemm)_backend=.* is not possible with transformer_impl"):
         KernelConfig(**given)
 
 
@@ -133,6 +181,26 @@ def test_a_model_of_fused_attention_equals_the_plain_one(monkeypatch: Any, refer
     assert [str(choice) for choice in found] == ["attention: cuDNN flash attention"]
     for mine, expected in zip(jax.tree.leaves(got), jax.tree.leaves(run(plain)), strict=True):
         assert float(jnp.abs(mine - expected).max()) <= 0.03 * float(jnp.abs(expected).max())
+
+
+def test_a_model_of_grouped_experts_equals_the_plain_one(monkeypatch: Any) -> None:
+    """Interpreted, in fp32: the kernel is told that it is bf16."""
+    monkeypatch.setattr("megajax.transformer.fused_experts.KERNELS", {"grouped": INTERPRETED})
+    monkeypatch.setattr(kernels, "_HALF", ("float32",))
+    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2, "gated_linear_unit": True}
+    config = CONFIG.replace(bf16=False, **experts)
+    fused_backend = TESpecProvider(gpu=H100, attention_backend="unfused")
+    plain, fused = (GPTModel(config, backend=b) for b in (LocalSpecProvider(), fused_backend))
+    variables = plain.init(jax.random.key(0), TOKENS)
+
+    def run(model: Any) -> Any:
+        return jax.jit(jax.value_and_grad(lambda v: model.apply(v, TOKENS, labels=TOKENS).mean()))(variables)
+
+    with kernels.recording() as found:
+        got = run(fused)
+    assert "experts: a grouped matrix product in Pallas" in map(str, found)
+    for mine, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(run(plain)), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
 def test_the_choice_is_recorded_with_its_reason() -> None:

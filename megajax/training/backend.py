@@ -36,10 +36,19 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
         strict = wanted.transformer_impl == "transformer_engine"
         # Where there is a GPU, JAX has its cuDNN, from whatever source.
         missing = jax.default_backend() == "cpu" and not _installed("nvidia.cudnn")
-        return TESpecProvider(local, gpu, wanted.attention_backend, strict, missing, wanted.fp8_format)
+        return TESpecProvider(
+            local=local,
+            gpu=gpu,
+            attention_backend=wanted.attention_backend,
+            strict=strict,
+            cudnn_missing=missing,
+            grouped_gemm_backend=wanted.grouped_gemm_backend,
+            fp8=wanted.fp8_format,
+        )
     for field, value, usual in (
         ("transformer_impl", wanted.transformer_impl, ("auto",)),
         ("attention_backend", wanted.attention_backend, ("auto", "unfused", "local")),
+        ("grouped_gemm_backend", wanted.grouped_gemm_backend, ("auto", "unfused")),
     ):
         if value not in usual:
             raise ConfigError(
@@ -60,9 +69,10 @@ def kernels_of_step(step: Any, *arguments: Any) -> tuple[Choice, ...]:
     trace; so this comes first, and in the context in which the step will be called."""
     with kernels.recording() as found:
         step.eval_shape(*arguments)
-    return tuple(found)
+    plain = () if any(choice.slot.startswith("attention") for choice in found) else (Choice("attention", "plain"),)
+    return (*plain, *found)
 
 
 def describe_kernels(choices: tuple[Choice, ...]) -> str:
-    """One line a slot, for the head of a log; plain JAX where nothing was chosen."""
-    return "\n".join(map(str, choices)) or "attention: plain JAX"
+    """One line a slot, for the head of a log."""
+    return "\n".join(map(str, choices))

@@ -25,6 +25,7 @@ from megajax.config import (
 from megajax.models.registry import FAMILIES
 from megajax.parallel.aot import absent_gpus
 from megajax.parallel.census import census
+from megajax.parallel.hlo import executed
 from megajax.parallel.sharding import spec_of
 from megajax.training.backend import describe_kernels, kernels_of_step
 from megajax.training.setup import Program, build_program, on_mesh
@@ -49,7 +50,7 @@ MODEL: dict[str, Any] = {
 
 def build(devices: list[Any], kernels: dict[str, Any], model: dict[str, Any], **parallel: Any) -> tuple[Program, Any]:
     """A program and an abstract batch for it."""
-    rows = 2 if parallel.get("zero") == 3 else 1
+    rows = 2 if parallel.get("zero") == 3 else parallel.get("expert_model_parallel_size", 1)
     config = Config(
         model_family="gpt",
         model=TransformerConfig(**MODEL | model),
@@ -147,6 +148,48 @@ def test_linears_of_layers_are_fp8_where_they_are_asked_to_be(zero: int) -> None
         assert sum(c.result_bytes for c in inside if c.kind == "all-gather") == 2 * one_byte_each
     else:
         assert arrays == {"all-gather": 6, "reduce-scatter": 4}
+
+
+EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 1024, "moe_router_topk": 2, "gated_linear_unit": True}
+
+
+@on_h100
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+        pytest.param({"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_of_the_h100_program_are_one_kernel_a_linear_map(parallel: dict[str, int]) -> None:
+    """Forward and for each gradient, with the collectives of the loop, in no more memory, and with no loop whose turns
+    only a run knows. Tensor parallelism is without sequence parallelism here: its devices share each expert."""
+    found = {}
+    for backend in ("fused", "unfused"):
+        program, batch = build(absent_gpus(4), {"grouped_gemm_backend": backend}, EXPERTS, **parallel)
+        with on_mesh(program):
+            choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+            lowered = program.train_step.lower(program.abstract_state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+            found[backend] = program, describe_kernels(choices), lowered.compile()
+    program, said, executable = found["fused"]
+    _, said_of_loop, loop = found["unfused"]
+    assert said.splitlines()[1:] == ["experts: a grouped matrix product in Pallas"]
+    assert said_of_loop.splitlines()[1:] == ["experts: a loop of products"]
+    text, text_of_loop = (str(each.as_text()) for each in (executable, loop))
+    # A pipeline has forwards before backwards, both together, and backwards after.
+    passes = 2 if "pipeline_model_parallel_size" in parallel else 1
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3 * 3 * passes
+    assert unknown_loops(text) == 0 < unknown_loops(text_of_loop)
+    sent, sent_by_loop = (
+        Counter((c.kind, c.axes, c.loops) for c in census(each, program.mesh)) for each in (text, text_of_loop)
+    )
+    assert sent == sent_by_loop
+    assert executable.memory_analysis().temp_size_in_bytes <= loop.memory_analysis().temp_size_in_bytes
+
+
+def unknown_loops(text: str) -> int:
+    """Loops whose number of turns the compiler does not know."""
+    return sum(inner.opcode == "while" and inner.trips is None for inner, _ in executed(text))
 
 
 @on_h100

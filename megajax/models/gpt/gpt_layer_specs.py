@@ -12,7 +12,7 @@ from megajax.spec import Builder, ModuleSpec
 from megajax.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megajax.transformer.layer import TransformerLayer, TransformerLayerSubmodules
 from megajax.transformer.mlp import MLP, MLPSubmodules
-from megajax.transformer.moe import Experts, MoELayer, MoESubmodules, Router
+from megajax.transformer.moe import MoELayer, MoESubmodules, Router
 from megajax.transformer.multi_latent_attention import MLASelfAttentionSubmodules, MultiLatentAttention
 
 Array = jax.Array
@@ -72,7 +72,7 @@ def get_moe_module_spec(backend: BackendSpecProvider) -> ModuleSpec:
         MoELayer,
         MoESubmodules(
             router=Router,
-            experts=Experts,
+            experts=backend.experts(),
             shared_experts=get_mlp_module_spec(backend),
             linear_fc1=backend.column_parallel_linear(),
             linear_fc2=backend.row_parallel_linear(),
