@@ -26,11 +26,11 @@ from megajax.kernels import (
 )
 from megajax.models.gpt.gpt_model import GPTModel
 from megajax.ops import flash_attention
-from megajax.ops.grouped_kernel import PALLAS, grouped_product
-from megajax.transformer import fused_experts
+from megajax.ops.grouped import GroupedKernel
+from megajax.ops.grouped_kernel import grouped_product
 
 A100, H100 = (8, 0), (9, 0)
-INTERPRETED = PALLAS._replace(product=partial(grouped_product, interpret=True))
+INTERPRETED = GroupedKernel(partial(grouped_product, interpret=True), most_rows=128)
 PLAIN_CAUSAL = AttentionUse(dtype="bfloat16", head_dim=128, value_dim=128, causal=True)
 
 CUDNN_CANNOT: list[tuple[tuple[int, int], dict[str, Any], str]] = [
@@ -101,7 +101,7 @@ def test_every_kernel_has_a_title_a_name_and_something_that_computes_it() -> Non
     assert {"plain", *flash_attention.KERNELS} == ATTENTION.keys() <= TITLES.keys()
     assert set().union(*WANTED.values()) == ATTENTION.keys()
     assert WANTED["auto"] == tuple(ATTENTION)
-    assert EXPERTS.keys() < fused_experts.KERNELS.keys() <= TITLES.keys()
+    assert EXPERTS.keys() < TITLES.keys()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_model_of_fused_attention_equals_the_plain_one(monkeypatch: Any, refer
 
 def test_a_model_of_grouped_experts_equals_the_plain_one(monkeypatch: Any) -> None:
     """Interpreted, in fp32: the kernel is told that it is bf16."""
-    monkeypatch.setattr("megajax.transformer.fused_experts.KERNELS", {"grouped": INTERPRETED})
+    monkeypatch.setattr("megajax.transformer.fused_experts.kernel_for", lambda gpu: INTERPRETED)
     monkeypatch.setattr(kernels, "_HALF", ("float32",))
     experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2, "gated_linear_unit": True}
     config = CONFIG.replace(bf16=False, **experts)

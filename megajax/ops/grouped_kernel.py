@@ -28,8 +28,9 @@ Ref = Any
 LEAST = 16
 """Rows, and columns, of the smallest of a GPU's matrix products: what all sizes must be multiples of."""
 
-_SHARED_MEMORY = 160 * 1024
-"""Bytes for the tiles that are on their way; an A100 has 163 KiB for a block of threads, an H100 227."""
+_STAGES = 4
+"""Steps whose tiles are in shared memory, the one that is computed among them (before Hopper not): at most 48 KiB each,
+or 32 for tiles of 128 columns. An A100 has 163 KiB, an H100 and a B200 227; GPUs that are not for servers have 99."""
 _BAND = 8
 """Tiles of rows that programs which run side by side have in common, so that the cache holds what they all read."""
 
@@ -42,60 +43,72 @@ class Tile(NamedTuple):
     inner: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, inner: int) -> "Tile":
+    def of(cls, rows: int, columns: int, inner: int, most_columns: int = 256) -> "Tile":
         """The largest for an array of these sizes: `rows` and `inner` divide it, of the last tile of columns at most an
         eighth of the array is missing."""
-        wide = next(c for c in (256, 128, 64, 32, LEAST) if -columns % c <= columns / 8)
+        sizes = (256, 128, 64, 32, LEAST)
+        wide = next(size for size in sizes if size <= most_columns and -columns % size <= columns / 8)
         return cls(min(128, rows & -rows), wide, min(64, inner & -inner))
 
     @property
     def params(self) -> triton.CompilerParams:
-        """How many threads share it, and how many steps ahead they load."""
-        bytes_of_a_step = 2 * self.inner * (self.rows + self.columns)
-        stages = min(4, _SHARED_MEMORY // bytes_of_a_step)
-        return triton.CompilerParams(num_warps=8 if self.rows * self.columns >= 128 * 128 else 4, num_stages=stages)
+        """How many threads share it, and how many steps are on their way."""
+        return triton.CompilerParams(num_warps=8 if self.rows * self.columns >= 128 * 128 else 4, num_stages=_STAGES)
 
 
-def grouped_product(x_RD: Array, w_EDF: Array, sizes_E: Array, block: int, *, interpret: bool = False) -> Array:
+class _Setting(NamedTuple):
+    """What does not depend on arrays. block: as in `Groups`; most_columns: of a tile."""
+
+    block: int
+    most_columns: int
+    interpret: bool
+
+
+def grouped_product(
+    x_RD: Array, w_EDF: Array, sizes_E: Array, block: int, *, most_columns: int = 256, interpret: bool = False
+) -> Array:
     """Each row times the kernel of its expert: [R, F], in x's dtype; sums are in fp32. Zero behind the last group.
 
     Args:
       x_RD, w_EDF: bf16 or fp16. D, F, R and block are multiples of `LEAST`.
       sizes_E: as in `megajax.ops.grouped.Groups`; so is block.
+      most_columns: of a tile; 256, or 128 for a GPU with little shared memory (`kernel_for`).
       interpret: runs on any device and in any dtype, slowly: for tests.
     """
-    return _product(interpret, block, x_RD, w_EDF, sizes_E)
+    return _product(_Setting(block, most_columns, interpret), x_RD, w_EDF, sizes_E)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(interpret: bool, block: int, x_RD: Array, w_EDF: Array, sizes_E: Array) -> Array:
-    return _rows_times(interpret, block, x_RD, w_EDF, sizes_E)
+def kernel_for(gpu: tuple[int, int]) -> GroupedKernel:
+    """The kernel with the tiles for a GPU of this compute capability."""
+    for_servers = gpu == (8, 0) or gpu[0] in (9, 10)
+    # Its programs hold 128 rows; neighbours read an expert's kernel together, however small the blocks.
+    return GroupedKernel(functools.partial(grouped_product, most_columns=256 if for_servers else 128), most_rows=128)
 
 
-def _product_fwd(interpret: bool, block: int, x_RD: Array, w_EDF: Array, sizes_E: Array):
-    return _rows_times(interpret, block, x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array) -> Array:
+    return _rows_times(setting, x_RD, w_EDF, sizes_E)
 
 
-def _product_bwd(interpret: bool, block: int, saved: tuple[Array, Array, Array], dy_RF: Array):
+def _product_fwd(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array):
+    return _rows_times(setting, x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
+
+
+def _product_bwd(setting: _Setting, saved: tuple[Array, Array, Array], dy_RF: Array):
     x_RD, w_EDF, sizes_E = saved
-    dx_RD = _rows_times(interpret, block, dy_RF, w_EDF, sizes_E, transposed=True)
-    dw_EDF = _outer(interpret, block, x_RD, dy_RF, sizes_E, w_EDF.dtype)
+    dx_RD = _rows_times(setting, dy_RF, w_EDF, sizes_E, transposed=True)
+    dw_EDF = _outer(setting, x_RD, dy_RF, sizes_E, w_EDF.dtype)
     return dx_RD, dw_EDF, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
-PALLAS = GroupedKernel(grouped_product, most_rows=128)
-"""Its programs hold 128 rows; neighbours read an expert's kernel together, however small the blocks."""
 
-
-def _rows_times(
-    interpret: bool, block: int, x_RD: Array, w_EDF: Array, sizes_E: Array, *, transposed: bool = False
-) -> Array:
+def _rows_times(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array, *, transposed: bool = False) -> Array:
     """[R, F]; transposed: of rows [R, F] the product with w's transpose, [R, D], for which w is only read otherwise."""
     (R, inner), (E, *widths) = x_RD.shape, w_EDF.shape
     F = widths[0 if transposed else 1]
-    tile = Tile.of(block, F, inner)
+    tile = Tile.of(setting.block, F, inner, setting.most_columns)
     ends_E = jnp.cumsum(sizes_E) // tile.rows
     expert_I = jnp.searchsorted(ends_E, jnp.arange(R // tile.rows), side="right", method="compare_all")
     call = pl.pallas_call(
@@ -104,9 +117,9 @@ def _rows_times(
         grid=(R // tile.rows * pl.cdiv(F, tile.columns),),
         out_shape=jax.ShapeDtypeStruct((R, F), x_RD.dtype),
         compiler_params=tile.params,
-        interpret=interpret,
+        interpret=setting.interpret,
     )
-    with _says(block, inner * F, read=inner, besides=(E * inner + R) * F, itemsize=x_RD.dtype.itemsize):
+    with _says(setting.block, inner * F, read=inner, besides=(E * inner + R) * F, itemsize=x_RD.dtype.itemsize):
         return call(expert_I.astype(jnp.int32), x_RD, w_EDF)
 
 
@@ -130,10 +143,10 @@ def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, t
     triton.store(y_ref.at[rows, columns.slice], y.astype(y_ref.dtype), mask=mask)
 
 
-def _outer(interpret: bool, block: int, x_RD: Array, dy_RF: Array, sizes_E: Array, dtype: Any) -> Array:
+def _outer(setting: _Setting, x_RD: Array, dy_RF: Array, sizes_E: Array, dtype: Any) -> Array:
     """The gradient of kernels [E, D, F]: x' dy over the rows of each expert."""
     D, F, E = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
-    tile = _outer_tile(D, F, block)
+    tile = _outer_tile(D, F, setting)
     ends_E = jnp.cumsum(sizes_E)
     call = pl.pallas_call(
         functools.partial(_outer_kernel, tile=tile),
@@ -141,14 +154,14 @@ def _outer(interpret: bool, block: int, x_RD: Array, dy_RF: Array, sizes_E: Arra
         grid=(E * pl.cdiv(D, tile.rows) * pl.cdiv(F, tile.columns),),
         out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
         compiler_params=tile.params,
-        interpret=interpret,
+        interpret=setting.interpret,
     )
-    with _says(block, D * F, read=D + F, besides=E * D * F, itemsize=x_RD.dtype.itemsize):
+    with _says(setting.block, D * F, read=D + F, besides=E * D * F, itemsize=x_RD.dtype.itemsize):
         return call((ends_E - sizes_E).astype(jnp.int32), sizes_E.astype(jnp.int32), x_RD, dy_RF)
 
 
-def _outer_tile(D: int, F: int, block: int) -> Tile:
-    wide = Tile.of(block, F, block)
+def _outer_tile(D: int, F: int, setting: _Setting) -> Tile:
+    wide = Tile.of(setting.block, F, setting.block, setting.most_columns)
     tall = next(rows for rows in (128, 64, 32, LEAST) if -D % rows <= D / 8)
     return wide._replace(rows=tall)
 

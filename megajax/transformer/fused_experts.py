@@ -9,12 +9,9 @@ from megajax import kernels
 from megajax.config_kernels import GroupedGemmBackend
 from megajax.kernels import Capability, ExpertsUse
 from megajax.ops.grouped import LOOP, GroupedKernel
-from megajax.ops.grouped_kernel import LEAST, PALLAS
+from megajax.ops.grouped_kernel import LEAST, kernel_for
 from megajax.parallel.expert import Dispatcher
 from megajax.transformer.moe import Experts
-
-KERNELS = {"grouped": PALLAS, "blocks": LOOP, "gemm": LOOP}
-"""Name in `megajax.kernels` -> what computes it; fixed shapes, for which "gemm" stands, are not groups."""
 
 
 class FusedExperts(Experts):
@@ -43,4 +40,4 @@ class FusedExperts(Experts):
         )
         choice = kernels.choose_experts(use, self.gpu, self.wanted, strict=self.strict)
         kernels.record(choice)
-        return KERNELS[choice.kernel]
+        return kernel_for(self.gpu) if choice.kernel == "grouped" and self.gpu is not None else LOOP

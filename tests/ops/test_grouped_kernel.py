@@ -1,6 +1,7 @@
 """The grouped kernel, interpreted on a CPU, against a loop over experts in NumPy; and what it is compiled to."""
 
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from megajax.ops import grouped
-from megajax.ops.grouped_kernel import PALLAS, Tile, grouped_product
-from megajax.parallel.aot import absent_gpus
+from megajax.ops.grouped_kernel import Tile, grouped_product, kernel_for
+from megajax.parallel import aot
+from megajax.parallel.aot import TARGETS, absent_gpus
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -103,7 +105,7 @@ def test_tiles(rows: int, columns: int, inner: int, tile: tuple[int, int, int]) 
     assert tuple(Tile.of(rows, columns, inner)) == tile
 
 
-aot = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
+needs_aot = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
 
 
 def compiled(target: str, kernel: Any, sizes: tuple[int, int, int, int]) -> Any:
@@ -122,14 +124,22 @@ def compiled(target: str, kernel: Any, sizes: tuple[int, int, int, int]) -> Any:
         return jax.jit(run).lower(*arguments).compile()
 
 
-@aot
-@pytest.mark.parametrize("target", ["h100", pytest.param("a100", marks=pytest.mark.slow)])
-def test_the_program_for_a_gpu_is_three_kernels(target: str) -> None:
+# Like an L40S, which has 99 KiB of shared memory for a block of threads.
+SMALL = dataclasses.replace(TARGETS["a100"], capability=(8, 9), shared_memory=102400, shared_memory_optin=101376)
+
+
+@needs_aot
+@pytest.mark.parametrize(
+    "target", ["h100", pytest.param("a100", marks=pytest.mark.slow), pytest.param("small", marks=pytest.mark.slow)]
+)
+def test_the_program_for_a_gpu_is_three_kernels(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No loop, no other product, no array beside inputs and results but the tables; tiles fit into shared memory, or
     XLA would refuse them. Sizes of a device of Mixtral 8x7B with all experts, and gpt-oss, whose widths are no whole
     tiles."""
+    targets = {**TARGETS, "small": SMALL}
+    monkeypatch.setattr(aot, "TARGETS", targets)
     for sizes in ((8192, 8, 4096, 14336), (4096, 4, 2880, 2880)):
-        executable = compiled(target, PALLAS, sizes)
+        executable = compiled(target, kernel_for(targets[target].capability), sizes)
         text = str(executable.as_text())
         assert re.findall(r'custom_call_target="([^"]*)"', text) == ["__gpu$xla.gpu.triton"] * 3
         assert not re.search(r" (while|dot|convolution)\(", text)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from megajax.config import ConfigError
 from megajax.ops import grouped
-from megajax.ops.grouped_kernel import PALLAS, grouped_product
+from megajax.ops.grouped_kernel import grouped_product
 from megajax.parallel import expert
 from megajax.parallel.expert import Dispatcher, ExpertFn, dispatch
 
@@ -185,7 +185,7 @@ def test_the_grouped_kernel_on_a_mesh(name: str) -> None:
     """Interpreted, with what it asks of sizes."""
     case = next(case for case in CASES if case.name == name)
     case = dataclasses.replace(case, dispatcher=dataclasses.replace(case.dispatcher, block=16, most_rows=128))
-    kernel = PALLAS._replace(product=partial(grouped_product, interpret=True))
+    kernel = grouped.GroupedKernel(partial(grouped_product, interpret=True), most_rows=128)
     assert_equals_one_device(case, partial(expert_fn, kernel=kernel), *inputs(16, 32))
 
 
