@@ -39,6 +39,12 @@ def _read(fields: Fields) -> dict[str, Any]:
     longest = _LONG_CONTEXT if fields.flag("use_long_context") else longest
     rope = read_rope(fields, longest)
     least_step = fields.number("time_step_min")
+    blocks, tied = fields.size("num_mem_blocks"), fields.flag("tie_word_embeddings")
+    if not tied and pattern.count(SHARED) > blocks:  # transformers 5 ties all that it shares by this one field
+        raise ConfigError(
+            "config.json: tie_word_embeddings=false gives each layer a block of its own in transformers; it must be"
+            f" true, or num_mem_blocks={blocks} at least {pattern.count(SHARED)}"
+        )
     return {
         **PLAIN,
         "num_layers": len(pattern),
@@ -55,7 +61,7 @@ def _read(fields: Fields) -> dict[str, Any]:
         "mamba_proj_bias": bias,
         "vocab_size": fields.size("vocab_size"),
         "max_sequence_length": longest,
-        "share_embeddings_and_output_weights": fields.flag("tie_word_embeddings"),
+        "share_embeddings_and_output_weights": tied,
         "layernorm_epsilon": fields.number("rms_norm_eps"),
         "init_method_std": fields.number("initializer_range"),
         "hidden_dropout": 0.0,
@@ -71,7 +77,7 @@ def _read(fields: Fields) -> dict[str, Any]:
         "mamba_dt_init_floor": fields.number("time_step_floor"),
         # Its mixers do not step by less than the least step of their first weights.
         "mamba_dt_clamp_min": least_step,
-        "num_shared_blocks": fields.size("num_mem_blocks"),
+        "num_shared_blocks": blocks,
         "shared_adapter_rank": fields.size("adapter_rank"),
         "shared_attention_adapter": fields.flag("use_shared_attention_adapter"),
         **(rope if fields.flag("use_mem_rope") else {"position_embedding_type": "none"}),
