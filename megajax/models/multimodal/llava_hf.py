@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ _LLAMA_DEFAULTS = {
     "num_attention_heads": 32,
 }
 """What published files leave out of text_config."""
+_HAS_HEAD = "has_head"
 _DEFAULTS: dict[str, Any] = {
     "vision_config": None,
     "text_config": None,
@@ -68,6 +69,9 @@ def _read(fields: Fields) -> dict[str, Any]:
     fields.optional("vocab_size")  # repeats text_config's
     index = fields.optional("image_token_id")
     text["hidden_dropout"] = 0.0
+    # Published files do not agree on where it stands; a head in the file settles it.
+    said, has_head = fields.flag("tie_word_embeddings"), bool(fields.optional(_HAS_HEAD))
+    tied = (said or text["share_embeddings_and_output_weights"]) and not has_head
     return text | {
         **tower_arguments(tower, kind),
         "vision_feature_layer": layer,
@@ -76,9 +80,12 @@ def _read(fields: Fields) -> dict[str, Any]:
         "image_placeholders": "each",
         "projection_activation_func": fields.activation("projector_hidden_act"),
         "projection_add_bias_linear": fields.flag("multimodal_projector_bias"),
-        "share_embeddings_and_output_weights": text["share_embeddings_and_output_weights"]
-        or fields.flag("tie_word_embeddings"),
+        "share_embeddings_and_output_weights": tied,
     }
+
+
+def _told_by_names(names: Collection[str]) -> dict[str, Any]:
+    return {_HAS_HEAD: "language_model.lm_head.weight" in names}
 
 
 def _read_tower(fields: Fields) -> tuple[Any, CLIPConfig]:
@@ -183,6 +190,7 @@ LLAVA_HF = Architecture(
     config_type=LLaVAConfig,
     example_inputs=_example_inputs,
     plan=_plan,
+    told_by_names=_told_by_names,
     older_names=(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),

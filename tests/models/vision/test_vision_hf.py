@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,32 @@ def test_images_of_the_size_that_the_checkpoint_names() -> None:
 def test_what_megatron_lacks(case: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=name):
         megatron.save_folder(loaded(f"hf_vision/{case}"), tmp_path)
+
+
+def _llava_with(folder: Path, tensors: dict[str, np.ndarray], *, tied: bool, text_tied: bool) -> Any:
+    values = json.loads((GOLDEN / "hf_vision/llava_siglip_qwen/config.json").read_text())
+    text = values["text_config"] | {"tie_word_embeddings": text_tied}
+    (folder / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": tied, "text_config": text}))
+    save_file(tensors, folder / "model.safetensors")
+    return hf.load(folder)
+
+
+@pytest.mark.parametrize(("tied", "text_tied"), [(True, True), (True, False), (False, True)])
+def test_tied_words_of_llava(tied: bool, text_tied: bool, tmp_path: Path) -> None:
+    """config.json may say it in two places; a head in the file settles it, and without one it has to be said."""
+    case = GOLDEN / "hf_vision/llava_siglip_qwen"
+    given, tensors = np.load(case / "expected.npz"), load_file(case / "model.safetensors")
+    head, words = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    own = _llava_with(tmp_path, tensors, tied=tied, text_tied=text_tied)
+    assert not own.config.share_embeddings_and_output_weights
+    repeated = _llava_with(tmp_path, tensors | {head: tensors[words]}, tied=False, text_tied=False)
+    headless = {name: tensor for name, tensor in tensors.items() if name != head}
+    ours = _llava_with(tmp_path, headless, tied=tied, text_tied=text_tied)
+    got, expected = (
+        it.model.apply({"params": it.params}, given["pixel_values"], given["input_ids"]) for it in (ours, repeated)
+    )
+    close(got, expected)
+    hf.save(ours, tmp_path / "saved")
+    assert set(load_file(tmp_path / "saved/model.safetensors")) == set(headless)
+    with pytest.raises(ConfigError, match=f"lacks {head}"):
+        _llava_with(tmp_path, headless, tied=False, text_tied=False)
