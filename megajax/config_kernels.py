@@ -23,7 +23,7 @@ class KernelConfig:
     """local: plain JAX; transformer_engine: fused kernels, an error where there is none; auto: fused ones where a GPU
     has them."""
     attention_backend: AttentionBackend = "auto"
-    """fused: cuDNN; unfused or local: plain JAX; auto: the first of these that can do it."""
+    """fused: cuDNN or Pallas; unfused or local: plain JAX; auto: the first of these that can do it."""
     grouped_gemm_backend: GroupedGemmBackend = "auto"
     """How experts that drop no token are computed. fused: all their products in one kernel; unfused: a loop of products
     in plain JAX; auto: the first of these that can do it."""

@@ -91,16 +91,6 @@ _EVERY_FLASH_KERNEL = (
         "has no attention_dropout that differs from step to step; set attention_dropout=0",
     ),
     Rule(lambda use, gpu: use.dense_mask, "has no mask that differs between queries, which is O(S^2) of memory"),
-    Rule(
-        lambda use, gpu: use.gathered and (use.causal or use.windowed),
-        "does not know where a part of the sequence begins, as cp_comm_type='all_gather' needs; use p2p or a2a",
-    ),
-    Rule(lambda use, gpu: use.ring and use.causal and not use.zigzag, "needs the zigzag order in a ring"),
-    Rule(
-        lambda use, gpu: use.ring and (use.windowed or use.packed or use.hidden_keys),
-        "takes whole blocks and causal squares only in a ring (cp_comm_type p2p), no window, documents or hidden keys;"
-        " use a2a",
-    ),
 )
 
 # XLA's conditions for cuDNN 9.10 and later, in JAX's words: jax/_src/cudnn/fused_attention_stablehlo.py.
@@ -121,11 +111,23 @@ _CUDNN = (
     Rule(lambda use, gpu: use.bias and use.odd, "needs even numbers of queries and keys beside a bias"),
     Rule(lambda use, gpu: use.hidden_keys, "would read a mask of keys as a dense bias"),
     Rule(lambda use, gpu: use.windowed and not use.causal, "has a window to the left of causal attention only"),
+    Rule(
+        lambda use, gpu: use.gathered and (use.causal or use.windowed),
+        "does not know where a part of the sequence begins, as cp_comm_type='all_gather' needs; use p2p or a2a",
+    ),
+    Rule(lambda use, gpu: use.ring and use.causal and not use.zigzag, "needs the zigzag order in a ring"),
+    Rule(
+        lambda use, gpu: use.ring and use.windowed,
+        "takes whole blocks and causal squares only in a ring (cp_comm_type p2p), no window; use a2a",
+    ),
 )
+
+_PALLAS = (Rule(lambda use, gpu: max(use.head_dim, use.value_dim) > 512, "has heads of up to 512 features"),)
 
 ATTENTION: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
     {
         "cudnn": (*_EVERY_FLASH_KERNEL, *_CUDNN),
+        "pallas": (*_EVERY_FLASH_KERNEL, *_PALLAS),
         "plain": (),
     }
 )
@@ -149,6 +151,7 @@ EXPERTS: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
 TITLES: Mapping[str, str] = MappingProxyType(
     {
         "cudnn": "cuDNN flash attention",
+        "pallas": "Pallas flash attention",
         "plain": "plain JAX",
         "gemm": "cuBLAS or Triton, as XLA's autotuner finds",
         "fp8": "fp8, by cuBLASLt",
@@ -159,7 +162,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
 )
 
 WANTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"auto": ("cudnn", "plain"), "fused": ("cudnn",), "unfused": ("plain",), "local": ("plain",)}
+    {"auto": tuple(ATTENTION), "fused": ("cudnn", "pallas"), "unfused": ("plain",), "local": ("plain",)}
 )
 """Value of `attention_backend` -> the kernels that are meant."""
 

@@ -80,6 +80,20 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pallas_kernel() -> Any:
+    """The Pallas kernels, interpreted, in blocks so small that short sequences are of several."""
+    from functools import partial
+
+    from megajax.ops import pallas_attention
+    from megajax.ops.flash_attention import FlashKernel
+    from megajax.ops.pallas_attention import Blocks, Tuning
+
+    options: Any = {"tuning": Tuning(Blocks(16, 32), Blocks(32, 16), Blocks(16, 16), Blocks(32, 16)), "interpret": True}
+    forward, backward = pallas_attention.forward, pallas_attention.backward
+    return FlashKernel(partial(forward, **options), partial(backward, **options), any_part=True)
+
+
+@pytest.fixture(scope="session")
 def reference_kernel() -> Any:
     """What a flash kernel has to compute, in plain JAX and fp32: stands in for those that need a GPU."""
     from megajax.ops.flash_attention import FlashKernel

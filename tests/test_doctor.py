@@ -52,7 +52,9 @@ def test_of_gpus_that_are_not_here(capsys: pytest.CaptureFixture[str], monkeypat
 @on_h100
 def test_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "--target", "a100", *TINY, "--bf16", "--kv-channels", "192", "--hidden-size", "384")
-    assert "attention: plain JAX (cuDNN flash attention has heads of up to 128 features before Hopper)" in text
+    assert "attention: Pallas flash attention (cuDNN flash attention has heads of up to 128 features" in text
+    text = said(capsys, "--target", "a100", *TINY)
+    assert "attention: plain JAX (cuDNN flash attention computes in bf16 or fp16; set bf16=True; Pallas flash" in text
     text = said(capsys, "--target", "a100", *TINY, "--attention-backend", "fused")
     assert "cannot be said: attention_backend='fused' is not possible: cuDNN flash attention computes in bf16" in text
 

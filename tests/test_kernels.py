@@ -33,23 +33,27 @@ A100, H100 = (8, 0), (9, 0)
 INTERPRETED = GroupedKernel(partial(grouped_product, interpret=True), most_rows=128)
 PLAIN_CAUSAL = AttentionUse(dtype="bfloat16", head_dim=128, value_dim=128, causal=True)
 
-CUDNN_CANNOT: list[tuple[tuple[int, int], dict[str, Any], str]] = [
-    ((7, 5), {}, "compute capability 8.0"),
-    (H100, {"dtype": "float32"}, "set bf16=True"),
-    (H100, {"head_dim": 20, "value_dim": 20}, "multiples of 8"),
-    (H100, {"head_dim": 264, "value_dim": 264}, "up to 256"),
-    (A100, {"head_dim": 192, "value_dim": 192}, "up to 128 features before Hopper"),
-    (A100, {"head_dim": 96, "value_dim": 64}, "another size from Hopper on"),
-    (H100, {"packed": True}, "packed documents"),
-    (H100, {"hidden_keys": True}, "dense bias"),
-    (H100, {"hidden_keys": True, "dense_mask": True}, "differs between queries"),
-    (H100, {"dropout": True}, "attention_dropout=0"),
-    (H100, {"window": (8, 0), "causal": False}, "left of causal"),
-    (H100, {"gathered": True}, "cp_comm_type='all_gather'"),
-    (H100, {"ring": True, "zigzag": True, "window": (8, 0)}, "whole blocks"),
-    (H100, {"ring": True}, "zigzag"),
-    (H100, {"bias": True, "varied_bias": True}, "differs between samples"),
-    (H100, {"bias": True, "odd": True}, "even numbers"),
+# GPU, use, what is said, and what takes its place.
+CUDNN_CANNOT: list[tuple[tuple[int, int], dict[str, Any], str, str]] = [
+    ((7, 5), {}, "compute capability 8.0", "plain"),
+    (H100, {"dtype": "float32"}, "set bf16=True", "plain"),
+    (H100, {"head_dim": 20, "value_dim": 20}, "multiples of 8", "pallas"),
+    (H100, {"head_dim": 264, "value_dim": 264}, "up to 256", "pallas"),
+    (H100, {"head_dim": 520, "value_dim": 520}, "up to 256", "plain"),
+    (A100, {"head_dim": 192, "value_dim": 192}, "up to 128 features before Hopper", "pallas"),
+    (A100, {"head_dim": 96, "value_dim": 64}, "another size from Hopper on", "pallas"),
+    (H100, {"packed": True}, "packed documents", "pallas"),
+    (H100, {"hidden_keys": True}, "dense bias", "pallas"),
+    (H100, {"hidden_keys": True, "dense_mask": True}, "differs between queries", "plain"),
+    (H100, {"dropout": True}, "attention_dropout=0", "plain"),
+    (H100, {"window": (8, 0), "causal": False}, "left of causal", "pallas"),
+    (H100, {"gathered": True}, "cp_comm_type='all_gather'", "pallas"),
+    (H100, {"ring": True, "zigzag": True, "window": (8, 0)}, "whole blocks", "pallas"),
+    (H100, {"ring": True, "zigzag": True, "packed": True}, "packed documents", "pallas"),
+    (H100, {"ring": True}, "zigzag", "pallas"),
+    (H100, {"bias": True, "varied_bias": True}, "differs between samples", "pallas"),
+    (H100, {"bias": True, "odd": True}, "even numbers", "pallas"),
+    (H100, {"cudnn_missing": True}, "pip install --no-deps nvidia-cudnn-cu12", "pallas"),
 ]
 CUDNN_CAN: list[tuple[tuple[int, int], dict[str, Any]]] = [
     (A100, {}),
@@ -63,16 +67,19 @@ CUDNN_CAN: list[tuple[tuple[int, int], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("gpu", "changes", "reason"), CUDNN_CANNOT)
-def test_what_cudnn_cannot_do_is_said_in_one_line(gpu: Any, changes: dict[str, Any], reason: str) -> None:
+@pytest.mark.parametrize(("gpu", "changes", "reason", "instead"), CUDNN_CANNOT)
+def test_what_cudnn_cannot_do_is_said_in_one_line(gpu: Any, changes: dict[str, Any], reason: str, instead: str) -> None:
     use = dataclasses.replace(PLAIN_CAUSAL, **changes)
     said = refusal("cudnn", use, gpu)
     assert said is not None
     assert reason in said
     choice = choose_attention(use, gpu, "auto")
-    assert choice.kernel != "cudnn"
+    assert choice.kernel == instead
     assert said in choice.why
-    with pytest.raises(ConfigError, match="attention_backend='fused' is not possible: cuDNN") as error:
+    if instead != "plain":
+        assert choose_attention(use, gpu, "fused", strict=True) == choice
+        return
+    with pytest.raises(ConfigError, match=r"attention_backend='fused' is not possible: cuDNN.*; Pallas") as error:
         choose_attention(use, gpu, "fused")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -166,19 +173,25 @@ CONFIG = TransformerConfig(
 TOKENS = jnp.arange(2 * 16).reshape(2, 16) % 50
 
 
-def test_a_model_of_fused_attention_equals_the_plain_one(monkeypatch: Any, reference_kernel: Any) -> None:
+@pytest.mark.parametrize("segments", [None, TOKENS // 7])
+def test_a_model_of_fused_attention_equals_the_plain_one(
+    segments: Any, monkeypatch: Any, reference_kernel: Any, pallas_kernel: Any
+) -> None:
     """Also where attention is recomputed: then its arguments are traced once more."""
-    monkeypatch.setattr("megajax.transformer.fused_attention.KERNELS", {"cudnn": reference_kernel})
+    kernel_pair = {"cudnn": reference_kernel, "pallas": pallas_kernel}
+    monkeypatch.setattr("megajax.transformer.fused_attention.KERNELS", kernel_pair)
     plain, fused = (GPTModel(CONFIG, backend=b) for b in (LocalSpecProvider(), TESpecProvider(gpu=H100)))
     variables = plain.init(jax.random.key(0), TOKENS)
     assert jax.tree.map(jnp.shape, fused.init(jax.random.key(0), TOKENS)) == jax.tree.map(jnp.shape, variables)
 
     def run(model: Any) -> Any:
-        return jax.value_and_grad(lambda v: model.apply(v, TOKENS, labels=TOKENS).mean())(variables)
+        return jax.value_and_grad(lambda v: model.apply(v, TOKENS, labels=TOKENS, segment_ids=segments).mean())(
+            variables
+        )
 
     with kernels.recording() as found:
         got = run(fused)
-    assert [str(choice) for choice in found] == ["attention: cuDNN flash attention"]
+    assert [choice.kernel for choice in found] == ["cudnn" if segments is None else "pallas"]
     for mine, expected in zip(jax.tree.leaves(got), jax.tree.leaves(run(plain)), strict=True):
         assert float(jnp.abs(mine - expected).max()) <= 0.03 * float(jnp.abs(expected).max())
 
@@ -210,4 +223,4 @@ def test_the_choice_is_recorded_with_its_reason() -> None:
     with kernels.recording() as found:
         jax.eval_shape(lambda v: model.apply(v, TOKENS, segment_ids=segments), variables)
     assert len(found) == 1
-    assert str(next(iter(found))).startswith("attention: plain JAX (cuDNN flash attention keeps packed documents apart")
+    assert str(next(iter(found))).startswith("attention: Pallas flash attention (cuDNN flash attention keeps packed")

@@ -10,20 +10,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from megajax.ops import cudnn
+from megajax.ops import cudnn, pallas_attention
 from megajax.ops.attention import AttentionMask
 
 Array = jax.Array
 
 
 class FlashKernel(NamedTuple):
-    """A pair of functions, called as those of `megajax.ops.cudnn`."""
+    """A pair of functions, called as those of `megajax.ops.cudnn`.
+
+    any_part: it can attend to a part of a sequence as if it saw the whole: it knows offsets, and windows, documents and
+      hidden keys with them.
+    """
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array, Array | None]]
+    any_part: bool = False
 
 
-KERNELS: Mapping[str, FlashKernel] = MappingProxyType({"cudnn": FlashKernel(cudnn.forward, cudnn.backward)})
+KERNELS: Mapping[str, FlashKernel] = MappingProxyType(
+    {
+        "cudnn": FlashKernel(cudnn.forward, cudnn.backward),
+        "pallas": FlashKernel(pallas_attention.forward, pallas_attention.backward, any_part=True),
+    }
+)
 """Name in `megajax.kernels` -> what computes it."""
 
 
@@ -71,13 +81,25 @@ def _flash_forward(kernel, scale, q, k, v, sink_N, bias, mask):
         sink_N = sink_N.astype(jnp.float32)
         y = (y.astype(jnp.float32) * jax.nn.sigmoid(lse_BSN - sink_N)[..., None]).astype(y.dtype)
         lse_BSN = jnp.logaddexp(lse_BSN, sink_N)
+    elif mask.keep is not None:
+        # As in Megatron, a query that sees no key attends to every one equally.
+        mean_BGV = jnp.mean(v.astype(jnp.float32), axis=1)
+        mean_BNV = jnp.repeat(mean_BGV, q.shape[2] // v.shape[2], axis=1).astype(y.dtype)
+        y = jnp.where(jnp.isneginf(lse_BSN)[..., None], mean_BNV[:, None], y)
     return y, (q, k, v, sink_N, bias, mask, y, lse_BSN)
 
 
 def _flash_backward(kernel, scale, kept, dy):
     q, k, v, sink_N, bias, mask, y, lse_BSN = kept
     dq, dk, dv, dbias = kernel.backward(q, k, v, bias, mask, scale, y, lse_BSN, dy)
-    dsink_N = None if sink_N is None else sink_gradient(sink_N, lse_BSN, y, dy)
+    dsink_N = None
+    if sink_N is not None:
+        dsink_N = sink_gradient(sink_N, lse_BSN, y, dy)
+    elif mask.keep is not None:
+        blind_dy = jnp.where(jnp.isneginf(lse_BSN)[..., None], dy.astype(jnp.float32), 0.0)
+        B, T, G, V = v.shape
+        dmean_BGV = jnp.sum(blind_dy, axis=1).reshape(B, G, -1, V).sum(2)
+        dv = (dv.astype(jnp.float32) + dmean_BGV[:, None] / T).astype(dv.dtype)
     return dq, dk, dv, dsink_N, dbias, None
 
 

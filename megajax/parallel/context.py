@@ -279,8 +279,8 @@ class _Region:
         S, T = q.shape[1], n * k.shape[1]
         kv = jax.lax.all_gather(jnp.stack((k, v)), CP, axis=2, tiled=True)
         if not self.zigzag:
-            whole = self.kernel is not None and not mask.causal and mask.window is None  # no kernel has an offset
-            return attend(q, *kv, mask=mask if whole else dataclasses.replace(mask, offset=rank * S))
+            placed = mask.causal or mask.window is not None
+            return attend(q, *kv, mask=dataclasses.replace(mask, offset=rank * S) if placed else mask)
         order = zigzag_inverse(T, n)
         kv = jnp.take(kv, order, axis=2)
         # The early chunk is in the first half of the sequence, so causality hides all that follows from it. Unless

@@ -22,6 +22,8 @@ def executed_flops(instruction: Instruction, blocks_of: BlocksOf) -> int:
         return flops_of(instruction)
     if "__cudnn$fmha" in instruction.attributes:
         return attention_flops(instruction)
+    if told(instruction, "flops"):
+        return told(instruction, "flops")
     return (rows_of_groups(instruction, blocks_of) or 0) * told(instruction, "flops_a_row")
 
 
@@ -40,11 +42,14 @@ def rows_of_groups(instruction: Instruction, blocks_of: BlocksOf) -> int | None:
 
 
 def recomputed_share(instruction: Instruction) -> float:
-    """The share of its FLOPs that were done before: all under `jax.checkpoint`'s second run, as JAX names it, and one
-    of the five products of fused attention's backward pass, the scores.
+    """The share of its FLOPs that were done before: all under `jax.checkpoint`'s second run, as JAX names it, one of
+    the five products of cuDNN attention's backward pass, the scores, and what other kernels say of themselves.
     """
     if RERUN in instruction.op_name:
         return 1.0
+    again = told(instruction, "flops_again")
+    if again:
+        return again / told(instruction, "flops")
     return 0.2 if "__cudnn$fmha" in instruction.attributes and "Backward" in instruction.attributes else 0.0
 
 

@@ -25,8 +25,8 @@ class Ring:
       axis, size: the mesh axis, which must be manual, and its size (> 1).
       zigzag: device r of n holds chunks r and 2n-1-r of the sequence cut into 2n, else chunk r of n.
       scale, softmax_dtype: as in `dot_product_attention`.
-      kernel: computes each block, in place of plain JAX. It sees whole blocks and causal squares only, so there may be
-        no window, segment ids or `keep`, and causality needs the zigzag.
+      kernel: computes each block, in place of plain JAX. Unless it is good for `any_part`, it sees whole blocks and
+        causal squares only: then there may be no window, segment ids or `keep`, and causality needs the zigzag.
     """
 
     axis: str
@@ -73,7 +73,7 @@ def blocks(ring: Ring, mask: AttentionMask, step: int, rank: Array | int, S: int
         return [Block(0, S, 0, T)]
     early, late = (0, S // 2, 0, T // 2), (S // 2, S // 2, T // 2, T // 2)
     if not mask.causal or S != T:  # a window, or other keys than the queries' own: whatever there is
-        assert ring.kernel is None
+        assert ring.kernel is None or ring.kernel.any_part
         return [Block(*q[:2], *k[2:]) for q in (early, late) for k in (early, late)]
     if step == 0 and ring.kernel is None:
         return [Block(*early), Block(*late[:2], 0, T)]
@@ -110,12 +110,12 @@ def _forward(
     kv = jnp.stack((k_BTGK, v_BTGK))
     for step in range(ring.size):
         arriving = ring.send(kv) if step < ring.size - 1 else kv  # before the products, which hide it
-        for block, keep, reachable in _visits(ring, mask, step, q_BSNK, k_BTGK):
+        for block, seen, reachable in _visits(ring, mask, step, q_BSNK, k_BTGK):
 
-            def attend(state: Pair, block: Block = block, keep: Array | None = keep, kv: Array = kv) -> Pair:
+            def attend(state: Pair, block: Block = block, seen: "_Seen" = seen, kv: Array = kv) -> Pair:
                 (q0, rows, k0, columns), (old_y, old_lse) = block[:4], state
                 k, v = _cut(kv, k0, columns, dim=2)
-                part = _block(ring, mask, block, _cut(q_BSNK, q0, rows), k, v, keep)
+                part = _block(ring, seen, _cut(q_BSNK, q0, rows), k, v)
                 new_y, new_lse = merge_blocks(_cut(old_y, q0, rows), _cut(old_lse, q0, rows), *part)
                 return _put(old_y, new_y, q0), _put(old_lse, new_lse, q0)
 
@@ -142,14 +142,14 @@ def _backward(ring: Ring, kept: tuple, dy_BSNK: Array) -> tuple[Array, Array, Ar
     for step in range(ring.size):
         arriving = ring.send(vk) if step < ring.size - 1 else vk
         dvk = travelling
-        for block, keep, reachable in _visits(ring, mask, step, q_BSNK, k_BTGK):
+        for block, seen, reachable in _visits(ring, mask, step, q_BSNK, k_BTGK):
 
-            def add(state: Pair, block: Block = block, keep: Array | None = keep, vk: Array = vk) -> Pair:
+            def add(state: Pair, block: Block = block, seen: "_Seen" = seen, vk: Array = vk) -> Pair:
                 (q0, rows, k0, columns), (old_dq, old_dvk) = block[:4], state
                 of_rows = _OfRows(*(_cut(x, q0, rows) for x in (q_BSNK, y_BSNK, lse, dy_BSNK, delta)))
                 row_dq = _cut(old_dq, q0, rows)
                 v, k = _cut(vk, k0, columns, dim=2)
-                add_dq, dk, dv = _block_gradients(ring, mask, block, of_rows, k, v, keep)
+                add_dq, dk, dv = _block_gradients(ring, seen, of_rows, k, v)
                 sum_dvk = _cut(old_dvk, k0, columns, dim=2) + jnp.stack((dv, dk))
                 return _put(old_dq, row_dq + add_dq, q0), _put(old_dvk, sum_dvk, k0, dim=2)
 
@@ -175,13 +175,18 @@ def _backward(ring: Ring, kept: tuple, dy_BSNK: Array) -> tuple[Array, Array, Ar
 ring_attention.defvjp(_forward, _backward)
 
 
-def _block(
-    ring: Ring, mask: AttentionMask, block: Block, q: Array, k: Array, v: Array, keep: Array | None
-) -> tuple[Array, Array]:
+class _Seen(NamedTuple):
+    """Which keys of a block its queries see: a record for kernels; dense for plain JAX, None where that is all."""
+
+    mask: AttentionMask
+    keep: Array | None
+
+
+def _block(ring: Ring, seen: _Seen, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """Output and log-sum-exp of attention to a block of keys, both fp32."""
     if ring.kernel is None:
-        return attention_block(q, k, v, keep, scale=ring.scale, softmax_dtype=ring.softmax_dtype)
-    y, lse = ring.kernel.forward(q, k, v, None, AttentionMask(causal=mask.causal and block.causal), ring.scale)
+        return attention_block(q, k, v, seen.keep, scale=ring.scale, softmax_dtype=ring.softmax_dtype)
+    y, lse = ring.kernel.forward(q, k, v, None, seen.mask, ring.scale)
     return y.astype(jnp.float32), lse
 
 
@@ -195,25 +200,22 @@ class _OfRows(NamedTuple):
     delta: Array
 
 
-def _block_gradients(
-    ring: Ring, mask: AttentionMask, block: Block, rows: _OfRows, k: Array, v: Array, keep: Array | None
-) -> tuple[Array, Array, Array]:
+def _block_gradients(ring: Ring, seen: _Seen, rows: _OfRows, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """What a block of keys adds to dq, and its dk and dv, all fp32."""
     if ring.kernel is None:
         options = {"scale": ring.scale, "softmax_dtype": ring.softmax_dtype}
         return attention_block_gradients(
-            rows.q, k, v, keep, dy_BSNK=rows.dy, lse_BSN=rows.lse, delta_BSN=rows.delta, **options
+            rows.q, k, v, seen.keep, dy_BSNK=rows.dy, lse_BSN=rows.lse, delta_BSN=rows.delta, **options
         )
-    causal = AttentionMask(causal=mask.causal and block.causal)
-    gradients = ring.kernel.backward(rows.q, k, v, None, causal, ring.scale, rows.y, rows.lse, rows.dy)[:3]
+    gradients = ring.kernel.backward(rows.q, k, v, None, seen.mask, ring.scale, rows.y, rows.lse, rows.dy)[:3]
     dq, dk, dv = (x.astype(jnp.float32) for x in gradients)
     return dq, dk, dv
 
 
 def _visits(
     ring: Ring, mask: AttentionMask, step: int, q_BSNK: Array, k_BTGK: Array
-) -> list[tuple[Block, Array | None, Array | None]]:
-    """Each block of this step, its dense mask, and whether any key can be in reach (None: known to be)."""
+) -> list[tuple[Block, _Seen, Array | None]]:
+    """Each block of this step, what it sees, and whether any key can be in reach (None: no need to ask)."""
     rank = jax.lax.axis_index(ring.axis)
     source = (rank - step) % ring.size
     S, T = q_BSNK.shape[1], k_BTGK.shape[1]
@@ -233,8 +235,12 @@ def _visits(
             keep=keep,
         )
         q_rows, k_rows = _cut(q_index, *rows, dim=0), _cut(k_index, block.k_start, block.k_size, dim=0)
-        reachable = None if mask.window is None else _in_reach(here, q_rows, k_rows)
-        visits.append((block, here.between(q_rows, k_rows), reachable))
+        if ring.kernel is None:
+            reachable = None if mask.window is None else _in_reach(here, q_rows, k_rows)
+            visits.append((block, _Seen(here, here.between(q_rows, k_rows)), reachable))
+        else:  # Kernels for any part skip by themselves what is not in reach, which may be all.
+            offset = q_rows[0] - k_rows[0] if ring.kernel.any_part else None
+            visits.append((block, _Seen(dataclasses.replace(here, offset=offset), None), None))
     return visits
 
 

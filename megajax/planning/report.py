@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -182,7 +182,7 @@ def report_of(compiled: Compiled, target: str) -> Report:
         samples=samples,
         tokens=samples * seq_length,
         num_microbatches=compiled.num_microbatches,
-        memory=memory_of(compiled, gpu, fused_attention=any("fmha" in name for name in found.kernels)),
+        memory=memory_of(compiled, gpu, fused_attention=_keeps_no_scores(found.kernels)),
         model_flops=work,
         executed_flops=found.flops,
         recomputed_flops=found.recomputed,
@@ -198,6 +198,10 @@ def report_of(compiled: Compiled, target: str) -> Report:
         in_flight=None if schedule is None else (_slots(config, schedule), schedule.peak_live()[0]),
         seconds_to_compile=compiled.seconds,
     )
+
+
+def _keeps_no_scores(kernels: Iterable[str]) -> bool:
+    return any("fmha" in name or "attention_forward" in name for name in kernels)
 
 
 _BLOCK = 128

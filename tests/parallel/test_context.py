@@ -30,6 +30,8 @@ SINK = RNG.normal(size=N).astype(np.float32)
 DOCUMENTS = np.repeat([[0, 1, 2], [3, 4, 5]], [5, 6, 5], axis=1)
 KEEP = RNG.random((B, 1, S, S)) > 0.5
 KEEP[0, 0, 3] = False  # a query that sees nothing
+FEW_KEYS = RNG.random((B, 1, 1, S)) > 0.5
+FEW_KEYS[1] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,13 @@ class Case:
     packed: bool = False
     keep: bool = False
     sink: bool = False
+    few_keys: bool = False
 
     def mask(self, order: np.ndarray) -> AttentionMask:
         ids = jnp.asarray(DOCUMENTS[:, order]) if self.packed else None
         keep = jnp.asarray(KEEP[:, :, order][..., order]) if self.keep else None
+        if self.few_keys:
+            keep = jnp.asarray(FEW_KEYS[..., order])
         return AttentionMask(self.causal, self.window, ids, ids, keep)
 
     def arrays(self) -> list[jax.Array]:
@@ -89,10 +94,16 @@ def order_of(mesh: Mesh, zigzag: bool) -> np.ndarray:
     return zigzag_indices(S, mesh.shape["cp"] if zigzag else 1)
 
 
-def count_collectives(text: str) -> tuple[int, ...]:
+def count_all_collectives(text: str) -> tuple[int, ...]:
     found = collections.Counter(re.findall(r" = [^=\n]*? ([a-z-]+)(?:-start)?\(", text))
-    assert found["all-reduce"] == 0
-    return tuple(found[op] for op in ("all-to-all", "collective-permute", "all-gather", "reduce-scatter"))
+    kinds = ("all-to-all", "collective-permute", "all-gather", "reduce-scatter", "all-reduce")
+    return tuple(found[kind] for kind in kinds)
+
+
+def count_collectives(text: str) -> tuple[int, ...]:
+    *found, all_reduces = count_all_collectives(text)
+    assert all_reduces == 0
+    return tuple(found)
 
 
 @cache
@@ -275,6 +286,35 @@ def test_kernel_on_every_device_equals_plain_attention_on_one(
         np.testing.assert_allclose(mine, expected, rtol=2e-5, atol=2e-6)
     if comm == "p2p" and mesh.shape["cp"] == 4:  # squares, of which the two on the diagonal are causal
         assert seen == [(2, 2, True), (2, 2, False), (2, 2, True), *[(2, 2, False)] * 6]
+
+
+# As in VARIANTS, and all-reduces: one for sinks, one for the gradients of key/value heads that tp does not divide.
+PART_PAIRS: dict[str, tuple[dict[str, int], Any, bool, Case, tuple[int, ...]]] = {
+    "ring": ({"cp": 2, "tp": 2}, "p2p", True, Case(2, window=(5, 0), packed=True), (0, 3, 0, 0, 0)),
+    "ring_contiguous": ({"cp": 2, "tp": 2}, "p2p", False, Case(1, packed=True, sink=True), (0, 3, 0, 0, 2)),
+    "ring_hidden_keys": ({"cp": 2}, "p2p", True, Case(2, few_keys=True), (0, 3, 0, 0, 1)),
+    "ring_window_both_ways": ({"cp": 2}, "p2p", True, Case(2, causal=False, window=(3, 2)), (0, 3, 0, 0, 0)),
+    "gather": ({"cp": 2, "tp": 2}, "all_gather", True, Case(2, window=(5, 0), packed=True), (0, 0, 1, 1, 0)),
+    "gather_contiguous": ({"cp": 2, "tp": 2}, "all_gather", False, Case(1, packed=True, sink=True), (0, 0, 1, 1, 2)),
+    "gather_hidden_keys": ({"cp": 2}, "all_gather", True, Case(2, few_keys=True), (0, 0, 1, 1, 0)),
+    "ulysses_ring": ({"cp": 2, "ulysses": 2}, "a2a+p2p", True, Case(2, packed=True), (4, 3, 0, 0, 0)),
+    "whole": ({"dp": 2, "tp": 2}, "p2p", False, Case(2, packed=True, few_keys=True), (0, 0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", PART_PAIRS)
+def test_kernel_for_any_part_takes_windows_documents_and_hidden_keys(name: str, pallas_kernel: Any) -> None:
+    sizes, comm, zigzag, case, collectives = PART_PAIRS[name]
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh, case.G)):
+        program, arguments = jitted(mesh, case, comm, zigzag, backward=True, kernel=pallas_kernel)
+        compiled = program.lower(*arguments).compile()
+        got = [np.asarray(x) for x in jax.tree.leaves(compiled(*arguments))]
+    assert count_all_collectives(compiled.as_text()) == collectives
+    inverse = zigzag_inverse(S, mesh.shape["cp"] if zigzag else 1)
+    for mine, expected in zip(got, plain(case), strict=True):
+        mine = mine[:, inverse] if mine.ndim == 4 else mine
+        np.testing.assert_allclose(mine, expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

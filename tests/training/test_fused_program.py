@@ -5,12 +5,13 @@ import importlib.util
 import math
 import re
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from megajax.config import (
     Config,
@@ -23,9 +24,12 @@ from megajax.config import (
     TransformerConfig,
 )
 from megajax.models.registry import FAMILIES
-from megajax.parallel.aot import absent_gpus
+from megajax.ops.attention import AttentionMask, dot_product_attention
+from megajax.ops.flash_attention import KERNELS, flash_attention
+from megajax.parallel.aot import TARGETS, absent_gpus
 from megajax.parallel.census import census
 from megajax.parallel.hlo import executed
+from megajax.parallel.roofline import estimate
 from megajax.parallel.sharding import spec_of
 from megajax.training.backend import describe_kernels, kernels_of_step
 from megajax.training.setup import Program, build_program, on_mesh
@@ -107,6 +111,69 @@ def test_attention_of_the_h100_program_is_cudnn(layout: str) -> None:
     sent = Counter(c.kind for c in census(text, program.mesh) for _ in range(c.arrays) if "all-to-all" in c.kind)
     assert sent.total() == all_to_alls
     assert f"{SEQ},{SEQ}]" not in text  # no scores
+
+
+def pallas_calls(text: str) -> Counter[str]:
+    return Counter(re.findall(r'custom_call_target="[^"]*triton[^"]*".*\bname = "(\w+)"', text))
+
+
+# As LAYOUTS, for packed documents.
+PACKED_LAYOUTS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "tp2-sp": LAYOUTS["tp2-sp"],
+    "ring2": LAYOUTS["ring2"],
+    "gather2": ({"context_parallel_size": 2, "cp_comm_type": "all_gather"}, 1, 0),
+    "pp2-tp2-sp": LAYOUTS["pp2-tp2-sp"],
+}
+
+
+@on_h100
+@pytest.mark.parametrize(
+    "layout", ["tp2-sp", *(pytest.param(name, marks=pytest.mark.slow) for name in PACKED_LAYOUTS if name != "tp2-sp")]
+)
+def test_attention_to_packed_documents_is_pallas(layout: str) -> None:
+    parallel, times, all_to_alls = PACKED_LAYOUTS[layout]
+    devices = math.prod(size for name, size in parallel.items() if name.endswith("_size"))
+    program, batch = build(absent_gpus(devices), {}, {}, **parallel)
+    batch["segment_ids"] = batch["tokens"]
+    with on_mesh(program):
+        choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+        assert describe_kernels(choices).startswith("attention: Pallas flash attention (cuDNN flash attention keeps")
+        lowered = program.train_step.lower(program.abstract_state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+        text = lowered.compile().as_text()
+    names = ("attention_forward", "attention_backward_q", "attention_backward_kv")
+    assert pallas_calls(text) == dict.fromkeys(names, times)
+    assert not calls(text)
+    sent = Counter(c.kind for c in census(text, program.mesh) for _ in range(c.arrays) if "all-to-all" in c.kind)
+    assert sent.total() == all_to_alls
+    assert not re.search(rf"\b{SEQ},\d*{SEQ}\]", text)  # no scores
+    found = estimate(text, program.mesh, TARGETS["h100"])
+    assert {name for name in found.kernels if name.startswith("Pallas")} == {f"Pallas: {name}" for name in names}
+
+
+@on_h100
+@pytest.mark.parametrize("target", ["h100", pytest.param("a100", marks=pytest.mark.slow)])
+def test_memory_of_pallas_attention_grows_as_the_sequence(target: str) -> None:
+    """Forward and backward of one layer, at 4 and at 16 blocks; plain attention's grows with the square."""
+    program, _ = build(absent_gpus(1, target), {}, {})
+
+    def temporaries(S: int, kernel: Any) -> int:
+        place = NamedSharding(program.mesh, PartitionSpec())
+        q, k, ids = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            for shape, dtype in (((1, S, 4, 80), jnp.bfloat16), ((1, S, 2, 80), jnp.bfloat16), ((1, S), jnp.int32))
+        )
+
+        def run(q: Any, k: Any, v: Any, ids: Any, dy: Any) -> Any:
+            mask = AttentionMask(causal=True, q_segment_ids=ids, kv_segment_ids=ids)
+            attend = dot_product_attention if kernel is None else partial(flash_attention, kernel=kernel)
+            return jax.vjp(lambda q, k, v: attend(q, k, v, mask=mask, scale=0.1), q, k, v)[1](dy)
+
+        memory: Any = jax.jit(run).lower(q, k, k, ids, q).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    short, long = (temporaries(S, KERNELS["pallas"]) for S in (512, 2048))
+    assert long < 4.5 * short
+    assert temporaries(2048, None) > 4 * long
 
 
 LATENT = {"multi_latent_attention": True, "num_query_groups": None, "q_lora_rank": 64, "kv_lora_rank": 32}
@@ -203,7 +270,7 @@ def unknown_loops(text: str) -> int:
             {},
             {"window_size": (64, 0), "window_attn_skip_freq": 2},
             {"context_parallel_size": 2},
-            "attention: plain JAX (cuDNN flash attention takes whole blocks",
+            "attention: Pallas flash attention (cuDNN flash attention takes whole blocks",
         ),
     ],
 )
@@ -233,9 +300,10 @@ def test_fused_kernels_need_a_gpu(kernels: dict[str, Any]) -> None:
 
 
 @on_h100
-def test_without_cudnn_to_compile_with_attention_is_plain_and_says_so(monkeypatch: Any) -> None:
+def test_without_cudnn_to_compile_with_attention_is_pallas_and_says_so(monkeypatch: Any) -> None:
     monkeypatch.setattr("megajax.training.backend._installed", lambda package: False)
     program, batch = build(absent_gpus(1), {}, {})
     with on_mesh(program):
         choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+    assert describe_kernels(choices).startswith("attention: Pallas flash attention (cuDNN")
     assert "pip install --no-deps nvidia-cudnn-cu12" in describe_kernels(choices)
