@@ -4,6 +4,8 @@
 one kernel computes all of them: each of its programs, of which a GPU runs hundreds side by side, makes a tile of the
 result. A tile has one expert, since groups are whole blocks of rows, and its program finds it in a table. A tile behind
 the last group is filled with zeros and reads nothing.
+
+JAX 0.12 wants kernels for Triton to move to Mosaic GPU, which begins with Hopper: an A100 would be left with the loop.
 """
 
 # SPDX-License-Identifier: Apache-2.0

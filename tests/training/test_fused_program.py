@@ -251,6 +251,10 @@ def test_experts_of_the_h100_program_are_one_kernel_a_linear_map(parallel: dict[
         Counter((c.kind, c.axes, c.loops) for c in census(each, program.mesh)) for each in (text, text_of_loop)
     )
     assert sent == sent_by_loop
+    # The plan counts as much, of as many blocks of 128 rows.
+    work, work_of_loop = (estimate(each, program.mesh, TARGETS["h100"], turns=7) for each in (text, text_of_loop))
+    assert work.flops == work_of_loop.flops > estimate(text, program.mesh, TARGETS["h100"], turns=6).flops
+    assert work.kernels["Pallas: grouped_matmul"] == 2 * work.kernels["Pallas: grouped_matmul_dw"]
     assert executable.memory_analysis().temp_size_in_bytes <= loop.memory_analysis().temp_size_in_bytes
 
 
