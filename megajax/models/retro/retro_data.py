@@ -114,6 +114,12 @@ class RetroDataset:
         found = self.chunks.database.read(neighbors, self.config.retro_num_retrieved_chunks)
         return {**self.samples[index], "context_tokens": found}
 
+    def once(self) -> RetroDataset:
+        """The same texts, each token in at most one sample: those that fill no sample are left out."""
+        epochs = [GPTDataset(part.tokens, part.documents, None, part.config) for part in components(self.samples)]
+        samples = BlendedDataset(epochs, None, None) if len(epochs) > 1 else epochs[0]
+        return RetroDataset(samples, self.chunks, self.config, cache_path=self._cache_path)
+
     def token_frequencies(self, vocab_size: int) -> np.ndarray:
         """float64[vocab_size]: the share of each token id in what is predicted."""
         return self.samples.token_frequencies(vocab_size)

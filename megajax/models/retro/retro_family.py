@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from megajax.models import language
@@ -16,6 +17,7 @@ from megajax.models.retro.retro_presets import PRESETS
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
     from flax import linen as nn
 
     from megajax.backends import BackendSpecProvider
@@ -156,40 +158,76 @@ def flops(config: RetroConfig, *, batch_size: int, seq_length: int) -> int:
 def epilogue(finished: Finished) -> Iterable[str]:
     """The loss on held-out text with its neighbours and with those of other chunks; a sample of text."""
     yield "{} {:.4f}".format(*language.baseline(finished.config, finished.datasets))
-    found, others = neighbor_losses(finished)
+    losses = neighbor_losses(finished)
     yield (
-        f"held-out loss {found:.4f} with the neighbors that were found, {others:.4f} with those of other chunks:"
-        f" retrieval is worth {others - found:+.4f}"
+        f"held-out loss {losses.found:.4f} with the neighbors that were found, {losses.others:.4f} with those of other"
+        f" chunks: retrieval is worth {losses.gain:+.4f}, standard error {losses.error:.4f}"
     )
     if finished.config.train.sample_tokens:
         yield f"\nsample, with retrieval:\n{_sample(finished)}\n"
 
 
-def neighbor_losses(finished: Finished) -> tuple[float, float]:
-    """Loss of held-out tokens given the neighbours of each chunk, and given those of another one, drawn at random."""
+class NeighborLosses(NamedTuple):
+    """Nats per held-out token.
+
+    found: given the neighbours of each chunk. others: given those of another chunk, drawn at random. error: standard
+    error of the difference, from how it varies between samples; NaN for one sample.
+    """
+
+    found: float
+    others: float
+    error: float
+
+    @property
+    def gain(self) -> float:
+        """What retrieval is worth."""
+        return self.others - self.found
+
+
+def neighbor_losses(finished: Finished) -> NeighborLosses:
+    """What the neighbours of held-out text are worth, on each of its tokens once."""
     import jax
     import numpy as np
 
     datasets = finished.datasets
     dataset: Any = datasets.validation or datasets.test or datasets.train
+    dataset = dataset.once()
     samples = [dataset[index] for index in range(min(len(dataset), _HELD_OUT))]
-    context = np.stack([sample["context_tokens"] for sample in samples])
-    order = np.random.default_rng(finished.config.train.seed).permutation(context.shape[0] * context.shape[1])
-    flat = context.reshape(-1, *context.shape[2:])
+    texts = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+    context = texts["context_tokens"]
+    contexts = (context, _of_other_chunks(context, seed=finished.config.train.seed))
+    apply = jax.jit(finished.model.apply)
+    sums_2N = np.zeros((2, len(samples)))
+    for start in range(0, len(samples), _TOGETHER):
+        rows = np.arange(start, min(start + _TOGETHER, len(samples)))
+        at = np.resize(rows, _TOGETHER)  # the last batch is filled up
+        for which, neighbors in enumerate(contexts):
+            losses: Any = apply(
+                {"params": finished.params}, texts["tokens"][at], neighbors[at], labels=texts["labels"][at]
+            )
+            sums_2N[which, rows] = (np.asarray(losses) * texts["loss_mask"][at]).sum(axis=1)[: len(rows)]
+    return compared(sums_2N, texts["loss_mask"].sum(axis=1, dtype=np.float64))
+
+
+def compared(sums_2N: np.ndarray, tokens_N: np.ndarray) -> NeighborLosses:
+    """From the loss of each sample, summed over its tokens: with its neighbours, and with those of other chunks."""
+    count, total = len(tokens_N), float(tokens_N.sum())
+    found, others = (sums_2N.sum(axis=1) / total).tolist()
+    # The difference is a ratio of two sums over samples.
+    apart_N = sums_2N[1] - sums_2N[0] - (others - found) * tokens_N
+    error = math.sqrt(count / (count - 1) * float(apart_N @ apart_N)) / total if count > 1 else math.nan
+    return NeighborLosses(found, others, error)
+
+
+def _of_other_chunks(context_BLKR: np.ndarray, *, seed: int) -> np.ndarray:
+    """The same neighbours, those of each chunk in the place of another one's."""
+    import numpy as np
+
+    flat = context_BLKR.reshape(-1, *context_BLKR.shape[2:])
+    order = np.random.default_rng(seed).permutation(len(flat))
     others = np.empty_like(flat)
     others[order] = flat[np.roll(order, 1)]  # so no chunk keeps its own
-    apply = jax.jit(finished.model.apply)
-    totals, tokens = [0.0, 0.0], 0.0
-    for start in range(0, len(samples), _TOGETHER):
-        at = [min(index, len(samples) - 1) for index in range(start, start + _TOGETHER)]
-        rows = np.arange(start, start + _TOGETHER) < len(samples)  # the last batch is filled up
-        batch = {name: np.stack([samples[i][name] for i in at]) for name in ("tokens", "labels", "loss_mask")}
-        mask = batch["loss_mask"] * rows[:, None]
-        for which, neighbors in enumerate((context, others.reshape(context.shape))):
-            losses: Any = apply({"params": finished.params}, batch["tokens"], neighbors[at], labels=batch["labels"])
-            totals[which] += float((np.asarray(losses) * mask).sum())
-        tokens += float(mask.sum())
-    return totals[0] / tokens, totals[1] / tokens
+    return others.reshape(context_BLKR.shape)
 
 
 def _sample(finished: Finished) -> str:
