@@ -165,6 +165,9 @@ WANTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"auto": tuple(ATTENTION), "fused": ("cudnn", "pallas"), "unfused": ("plain",), "local": ("plain",)}
 )
 """Value of `attention_backend` -> the kernels that are meant."""
+_WANTED_OF_EXPERTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"auto": tuple(EXPERTS), "fused": ("grouped",), "unfused": ("blocks",)}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +182,13 @@ class Choice:
         return f"{self.slot}: {TITLES[self.kernel]}" + (f" ({self.why})" if self.why else "")
 
 
-def refusal(kernel: str, use: AttentionUse, gpu: Capability) -> str | None:
-    """Why a kernel of `ATTENTION` cannot do this on that GPU; None where it can."""
-    return next((rule.reason for rule in ATTENTION[kernel] if rule.applies(use, gpu)), None)
+def refusal(
+    kernel: str, use: Any, gpu: Capability | None, table: Mapping[str, tuple[Rule, ...]] = ATTENTION
+) -> str | None:
+    """Why a kernel of a table cannot do this on that GPU (None: no NVIDIA GPU); None where it can."""
+    if gpu is None:
+        return "needs an NVIDIA GPU" if table[kernel] else None
+    return next((rule.reason for rule in table[kernel] if rule.applies(use, gpu)), None)
 
 
 def choose_attention(use: AttentionUse, gpu: Capability | None, wanted: str, *, strict: bool = False) -> Choice:
@@ -197,20 +204,8 @@ def choose_attention(use: AttentionUse, gpu: Capability | None, wanted: str, *, 
     """
     if use.cached:
         return Choice("attention to a cache", "plain", "no flash kernel knows where in a cache a query stands")
-    reasons = []
-    for kernel in WANTED[wanted]:
-        reason = "needs an NVIDIA GPU" if gpu is None and kernel != "plain" else refusal(kernel, use, gpu or (0, 0))
-        if reason is None and not (strict and kernel == "plain"):
-            return Choice("attention", kernel, "; ".join(reasons))
-        if reason is not None:
-            reasons.append(f"{TITLES[kernel]} {reason}")
-    field = "transformer_impl='transformer_engine'" if strict else f"attention_backend={wanted!r}"
-    raise ConfigError(f"{field} is not possible: {'; '.join(reasons)}; or use 'auto'")
-
-
-_WANTED_OF_EXPERTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"auto": ("grouped", "blocks"), "fused": ("grouped",), "unfused": ("blocks",)}
-)
+    reasons = {kernel: refusal(kernel, use, gpu) for kernel in WANTED[wanted]}
+    return _first("attention", reasons, "plain", f"attention_backend={wanted!r}", strict)
 
 
 def choose_experts(
@@ -223,18 +218,20 @@ def choose_experts(
     """
     if use.padded:
         return Choice("experts", "plain" if gpu is None else "gemm")
-    reasons = []
-    for kernel in _WANTED_OF_EXPERTS[wanted]:
-        rules = EXPERTS[kernel]
-        reason = next((rule.reason for rule in rules if rule.applies(use, gpu or (0, 0))), None)
-        if gpu is None and rules:
-            reason = "needs an NVIDIA GPU"
-        if reason is None and not (strict and kernel == "blocks"):
-            return Choice("experts", kernel, "; ".join(reasons))
+    reasons = {kernel: refusal(kernel, use, gpu, EXPERTS) for kernel in _WANTED_OF_EXPERTS[wanted]}
+    return _first("experts", reasons, "blocks", f"grouped_gemm_backend={wanted!r}", strict)
+
+
+def _first(slot: str, reasons: Mapping[str, str | None], plain: str, asked: str, strict: bool) -> Choice:
+    """The first kernel that nothing speaks against; strict: it may not be `plain`."""
+    against = []
+    for kernel, reason in reasons.items():
         if reason is not None:
-            reasons.append(f"{TITLES[kernel]} {reason}")
-    field = "transformer_impl='transformer_engine'" if strict else f"grouped_gemm_backend={wanted!r}"
-    raise ConfigError(f"{field} is not possible: {'; '.join(reasons)}; or use 'auto'")
+            against.append(f"{TITLES[kernel]} {reason}")
+        elif not (strict and kernel == plain):
+            return Choice(slot, kernel, "; ".join(against))
+    field = "transformer_impl='transformer_engine'" if strict else asked
+    raise ConfigError(f"{field} is not possible: {'; '.join(against)}; or use 'auto'")
 
 
 def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
