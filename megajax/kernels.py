@@ -86,15 +86,15 @@ _HALF = ("bfloat16", "float16")
 _EVERY_FLASH_KERNEL = (
     Rule(lambda use, gpu: gpu < (8, 0), "needs compute capability 8.0 (A100) or more"),
     Rule(lambda use, gpu: use.dtype not in _HALF, "computes in bf16 or fp16; set bf16=True"),
-    Rule(
-        lambda use, gpu: use.dropout,
-        "has no attention_dropout that differs from step to step; set attention_dropout=0",
-    ),
     Rule(lambda use, gpu: use.dense_mask, "has no mask that differs between queries, which is O(S^2) of memory"),
 )
 
 # XLA's conditions for cuDNN 9.10 and later, in JAX's words: jax/_src/cudnn/fused_attention_stablehlo.py.
 _CUDNN = (
+    Rule(
+        lambda use, gpu: use.dropout,
+        "has no attention_dropout that differs from step to step; set attention_dropout=0",
+    ),
     Rule(
         lambda use, gpu: use.cudnn_missing,
         "is not installed here, where the program is compiled; pip install --no-deps nvidia-cudnn-cu12",

@@ -45,7 +45,7 @@ CUDNN_CANNOT: list[tuple[tuple[int, int], dict[str, Any], str, str]] = [
     (H100, {"packed": True}, "packed documents", "pallas"),
     (H100, {"hidden_keys": True}, "dense bias", "pallas"),
     (H100, {"hidden_keys": True, "dense_mask": True}, "differs between queries", "plain"),
-    (H100, {"dropout": True}, "attention_dropout=0", "plain"),
+    (H100, {"dropout": True}, "attention_dropout=0", "pallas"),
     (H100, {"window": (8, 0), "causal": False}, "left of causal", "pallas"),
     (H100, {"gathered": True}, "cp_comm_type='all_gather'", "pallas"),
     (H100, {"ring": True, "zigzag": True, "window": (8, 0)}, "whole blocks", "pallas"),
@@ -99,7 +99,7 @@ def test_a_cache_is_read_by_plain_attention_whatever_is_asked_for() -> None:
 
 def test_fused_is_never_plain() -> None:
     with pytest.raises(ConfigError, match="transformer_impl='transformer_engine' is not possible: cuDNN"):
-        choose_attention(dataclasses.replace(PLAIN_CAUSAL, dropout=True), H100, "auto", strict=True)
+        choose_attention(dataclasses.replace(PLAIN_CAUSAL, dense_mask=True), H100, "auto", strict=True)
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
         choose_attention(PLAIN_CAUSAL, None, "fused")
 

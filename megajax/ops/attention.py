@@ -126,6 +126,40 @@ def dot_product_attention(
     return y_BGRSK.transpose(0, 3, 1, 2, 4).reshape(B, S, N, -1)
 
 
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["key_data", "first_row"], meta_fields=["rate", "heads", "S", "T"]
+)
+@dataclasses.dataclass(frozen=True)
+class DropoutRecord:
+    """Which attention probabilities dropout keeps, for kernels that find it out themselves: the rows of what
+    `attention_dropout_kept` returns for a shape [B, heads, S, T], read as [B heads S, T], from one on.
+
+    Attributes:
+      key_data: uint32 [2], of a key of JAX's threefry2x32.
+      first_row: of the first sample, head and query that is at hand.
+    """
+
+    key_data: Array
+    first_row: Array | int
+    rate: float
+    heads: int
+    S: int
+    T: int
+
+    @classmethod
+    def of(
+        cls, key: Array, rate: float, shape: tuple[int, int, int, int], first_row: Array | int = 0
+    ) -> "DropoutRecord":
+        """Of an array of this shape.
+
+        Raises:
+          ValueError: the key is of another generator.
+        """
+        if str(jax.random.key_impl(key)) != "threefry2x32":
+            raise ValueError(f"attention dropout in a kernel needs a threefry2x32 key, not {jax.random.key_impl(key)}")
+        return cls(jax.random.key_data(key), first_row, rate, *shape[1:])
+
+
 def attention_dropout_kept(key: Array, rate: float, shape: tuple[int, int, int, int]) -> Array:
     """Which attention probabilities dropout keeps: bool [B, N, S, T]."""
     return jax.random.bernoulli(key, 1.0 - rate, shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from megajax.ops import cudnn, pallas_attention
-from megajax.ops.attention import AttentionMask
+from megajax.ops.attention import AttentionMask, DropoutRecord
 
 Array = jax.Array
 
@@ -47,6 +47,7 @@ def flash_attention(
     scale: float,
     sink_N: Array | None = None,
     value_size: int | None = None,
+    dropout: DropoutRecord | None = None,
 ) -> Array:
     """`dot_product_attention` by a kernel that can do this mask. Returns [B, S, N, K].
 
@@ -54,9 +55,10 @@ def flash_attention(
 
     Args:
       value_size: features of v from this one on are zero, and so are the output's; the kernel is spared them.
+      dropout: which probabilities are kept, for a kernel that can find out; none is dropped where no key is seen.
     """
     K, V = q_BSNK.shape[-1], value_size or v_BTGK.shape[-1]
-    y_BSNV = jnp.asarray(_flash(kernel, scale, q_BSNK, k_BTGK, v_BTGK[..., :V], sink_N, mask.bias, mask))
+    y_BSNV = jnp.asarray(_flash(kernel, scale, q_BSNK, k_BTGK, v_BTGK[..., :V], sink_N, mask.bias, mask, dropout))
     return y_BSNV if V == K else jnp.pad(y_BSNV, ((0, 0), (0, 0), (0, 0), (0, K - V)))
 
 
@@ -70,12 +72,14 @@ def _flash(
     sink_N: Array | None,
     bias: Array | None,
     mask: AttentionMask,
+    dropout: DropoutRecord | None,
 ) -> Array:
-    return _flash_forward(kernel, scale, q, k, v, sink_N, bias, mask)[0]
+    return _flash_forward(kernel, scale, q, k, v, sink_N, bias, mask, dropout)[0]
 
 
-def _flash_forward(kernel, scale, q, k, v, sink_N, bias, mask):
-    y, lse_BSN = kernel.forward(q, k, v, bias, mask, scale)
+def _flash_forward(kernel, scale, q, k, v, sink_N, bias, mask, dropout):
+    options = {} if dropout is None else {"dropout": dropout}
+    y, lse_BSN = kernel.forward(q, k, v, bias, mask, scale, **options)
     if sink_N is not None:
         # One more logit in the denominator. In its place in log-sum-exp and output, the backward pass needs no other.
         sink_N = sink_N.astype(jnp.float32)
@@ -86,12 +90,13 @@ def _flash_forward(kernel, scale, q, k, v, sink_N, bias, mask):
         mean_BGV = jnp.mean(v.astype(jnp.float32), axis=1)
         mean_BNV = jnp.repeat(mean_BGV, q.shape[2] // v.shape[2], axis=1).astype(y.dtype)
         y = jnp.where(jnp.isneginf(lse_BSN)[..., None], mean_BNV[:, None], y)
-    return y, (q, k, v, sink_N, bias, mask, y, lse_BSN)
+    return y, (q, k, v, sink_N, bias, mask, dropout, y, lse_BSN)
 
 
 def _flash_backward(kernel, scale, kept, dy):
-    q, k, v, sink_N, bias, mask, y, lse_BSN = kept
-    dq, dk, dv, dbias = kernel.backward(q, k, v, bias, mask, scale, y, lse_BSN, dy)
+    q, k, v, sink_N, bias, mask, dropout, y, lse_BSN = kept
+    options = {} if dropout is None else {"dropout": dropout}
+    dq, dk, dv, dbias = kernel.backward(q, k, v, bias, mask, scale, y, lse_BSN, dy, **options)
     dsink_N = None
     if sink_N is not None:
         dsink_N = sink_gradient(sink_N, lse_BSN, y, dy)
@@ -100,7 +105,7 @@ def _flash_backward(kernel, scale, kept, dy):
         B, T, G, V = v.shape
         dmean_BGV = jnp.sum(blind_dy, axis=1).reshape(B, G, -1, V).sum(2)
         dv = (dv.astype(jnp.float32) + dmean_BGV[:, None] / T).astype(dv.dtype)
-    return dq, dk, dv, dsink_N, dbias, None
+    return dq, dk, dv, dsink_N, dbias, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -35,6 +35,7 @@ class Problem:
 
     Attributes:
       causal, left, right: as in `AttentionMask`; -1 is unlimited.
+      heads: of queries.
       own, other: rows of the block that stays and of those that pass by.
     """
 
@@ -42,8 +43,20 @@ class Problem:
     causal: bool
     left: int
     right: int
+    heads: int
     own: int
     other: int
+    dropout: "Dropout | None" = None
+
+
+class Dropout(NamedTuple):
+    """Of probabilities [samples, heads, queries, keys]: `threshold` of 2^23 are kept, and multiplied by `scale`."""
+
+    threshold: int
+    scale: float
+    heads: int
+    queries: int
+    keys: int
 
 
 class Inputs(NamedTuple):
@@ -54,6 +67,7 @@ class Inputs(NamedTuple):
       q: [rows, K], or [rows, R, K] where keys stay. k, v: [rows, K or V].
       q_ids, k_ids: [rows] or None.
       bias: [queries, keys], or [R, queries, keys] where keys stay, or None.
+      dropout: int32 [3], the two words of the key, and the row of the first sample, head and query; or None.
     """
 
     reach: Ref
@@ -63,6 +77,7 @@ class Inputs(NamedTuple):
     q_ids: Ref
     k_ids: Ref
     bias: Ref
+    dropout: Ref
 
 
 class Upstream(NamedTuple):
@@ -76,6 +91,7 @@ class Upstream(NamedTuple):
 def attention_forward(inputs: Inputs, y_ref: Ref, lse_ref: Ref, *, problem: Problem) -> None:
     """Output [O, V] and log-sum-exp [O] of a block of queries."""
     queries = _own_rows(problem, inputs.q, inputs.q_ids)
+    sample, head = pl.program_id(2), pl.program_id(1)
 
     def add(block: Array, state: tuple[Pieces, Array, Array]) -> tuple[Pieces, Array, Array]:
         y, top_O, total_O = state
@@ -83,9 +99,11 @@ def attention_forward(inputs: Inputs, y_ref: Ref, lse_ref: Ref, *, problem: Prob
         scores_OP = _scores_of_queries(problem, inputs, queries, keys)
         new_top_O = jnp.maximum(top_O, jnp.max(scores_OP, axis=1))
         weights_OP, shrink_O = jnp.exp2(scores_OP - new_top_O[:, None]), jnp.exp2(top_O - new_top_O)
+        total_O = total_O * shrink_O + jnp.sum(weights_OP, axis=1)
+        weights_OP = _dropped(problem, inputs, weights_OP, sample, head, queries, keys)
         v = _pieces(inputs.v, keys.at)
         y = [old * shrink_O[:, None] + triton.dot(weights_OP.astype(x.dtype), x) for old, x in zip(y, v, strict=True)]
-        return y, new_top_O, total_O * shrink_O + jnp.sum(weights_OP, axis=1)
+        return y, new_top_O, total_O
 
     start = _zeros(problem.own, y_ref), jnp.full(problem.own, _HIDDEN), jnp.zeros(problem.own)
     y, top_O, total_O = jax.lax.fori_loop(inputs.reach[0], inputs.reach[1], add, start)
@@ -99,12 +117,14 @@ def attention_forward(inputs: Inputs, y_ref: Ref, lse_ref: Ref, *, problem: Prob
 def attention_backward_q(inputs: Inputs, upstream: Upstream, dq_ref: Ref, *, problem: Problem) -> None:
     """Gradient [O, K] of a block of queries."""
     queries = _own_rows(problem, inputs.q, inputs.q_ids)
+    sample, head = pl.program_id(2), pl.program_id(1)
     dy, lse_O, delta_O = _pieces(upstream.dy, slice(None)), upstream.lse[...] * _LOG2_E, upstream.delta[...]
 
     def add(block: Array, dq: Pieces) -> Pieces:
         keys = _other_rows(problem, block, inputs.k, inputs.k_ids)
         probs_OP = jnp.exp2(_scores_of_queries(problem, inputs, queries, keys) - lse_O[:, None])
         dprobs_OP = _product(dy, _pieces(inputs.v, keys.at))
+        dprobs_OP = _dropped(problem, inputs, dprobs_OP, sample, head, queries, keys)
         dscores_OP = (probs_OP * (dprobs_OP - delta_O[:, None])).astype(inputs.k.dtype)
         return [old + triton.dot(dscores_OP, x) for old, x in zip(dq, keys.x, strict=True)]
 
@@ -115,7 +135,7 @@ def attention_backward_q(inputs: Inputs, upstream: Upstream, dq_ref: Ref, *, pro
 def attention_backward_kv(inputs: Inputs, upstream: Upstream, dk_ref: Ref, dv_ref: Ref, *, problem: Problem) -> None:
     """Gradients [O, K] and [O, V] of a block of keys and of their values, from all R heads that read them."""
     keys = _own_rows(problem, inputs.k, inputs.k_ids)
-    v = _pieces(inputs.v, slice(None))
+    v, sample, group = _pieces(inputs.v, slice(None)), pl.program_id(2), pl.program_id(1)
     first, blocks, heads = inputs.reach[0], inputs.reach[1] - inputs.reach[0], inputs.q.shape[1]
 
     def add(turn: Array, state: tuple[Pieces, Pieces]) -> tuple[Pieces, Pieces]:
@@ -130,8 +150,11 @@ def attention_backward_kv(inputs: Inputs, upstream: Upstream, dk_ref: Ref, dv_re
         bias_OP = None if inputs.bias is None else inputs.bias[head, queries.at, :].T
         distance_OP = keys.index[:, None] - queries.index[None, :] - inputs.reach[2]
         probs_OP = jnp.exp2(_scores(problem, keys, queries, distance_OP, bias_OP) - lse_P[None, :])
-        dv = [old + triton.dot(probs_OP.astype(x.dtype), x) for old, x in zip(dv, dy, strict=True)]
-        dscores_OP = (probs_OP * (_product(v, dy) - delta_P[None, :])).astype(inputs.q.dtype)
+        place = sample, group * heads + head, queries, keys
+        kept_OP = _dropped(problem, inputs, probs_OP, *place, keys_stay=True)
+        dv = [old + triton.dot(kept_OP.astype(x.dtype), x) for old, x in zip(dv, dy, strict=True)]
+        dprobs_OP = _dropped(problem, inputs, _product(v, dy), *place, keys_stay=True)
+        dscores_OP = (probs_OP * (dprobs_OP - delta_P[None, :])).astype(inputs.q.dtype)
         return [old + triton.dot(dscores_OP, x) for old, x in zip(dk, queries.x, strict=True)], dv
 
     start = _zeros(problem.own, dk_ref), _zeros(problem.own, dv_ref)
@@ -142,7 +165,8 @@ def attention_backward_kv(inputs: Inputs, upstream: Upstream, dk_ref: Ref, dv_re
 
 def attention_backward_bias(inputs: Inputs, upstream: Upstream, dbias_ref: Ref, *, problem: Problem) -> None:
     """Gradient [O, P] of a block of the bias, from all samples that share it: they are the first dim of all inputs."""
-    block, other, every = pl.program_id(0), pl.program_id(1), slice(None)
+    block, other, pair, every = pl.program_id(0), pl.program_id(1), pl.program_id(2), slice(None)
+    first_sample, head = jax.lax.div(pair, problem.heads), jax.lax.rem(pair, problem.heads)
 
     def add(sample: Array, dbias_OP: Array) -> Array:
         at_sample = jnp.minimum(sample, inputs.reach.shape[0] - 1)
@@ -164,6 +188,7 @@ def attention_backward_bias(inputs: Inputs, upstream: Upstream, dbias_ref: Ref, 
             scores_OP = _scores(problem, queries, keys, distance_OP, inputs.bias[...])
             probs_OP = jnp.exp2(scores_OP - upstream.lse[sample, every][:, None] * _LOG2_E)
             dprobs_OP = _product(_pieces(upstream.dy, sample, every), _pieces(inputs.v, sample, every))
+            dprobs_OP = _dropped(problem, inputs, dprobs_OP, first_sample + sample, head, queries, keys)
             return dbias_OP + probs_OP * (dprobs_OP - upstream.delta[sample, every][:, None])
 
         seen = (inputs.reach[at_sample, 0] <= other) & (other < inputs.reach[at_sample, 1])
@@ -210,6 +235,63 @@ def _scores(problem: Problem, own: _Rows, other: _Rows, distance_OP: Array, bias
     seen += [distance_OP >= -problem.left] if problem.left >= 0 else []
     seen += [distance_OP <= problem.right] if problem.right >= 0 else []
     return jnp.where(functools.reduce(operator.and_, seen), scores_OP, _HIDDEN) if seen else scores_OP
+
+
+def _dropped(
+    problem: Problem,
+    inputs: Inputs,
+    x_OP: Array,
+    sample: Any,
+    head: Any,
+    queries: _Rows,
+    keys: _Rows,
+    *,
+    keys_stay: bool = False,
+) -> Array:
+    """x, scaled where dropout keeps it and 0 elsewhere. As `jax.random.bernoulli` of the whole array has it: each
+    element is the hash of the key and its own index, of 64 bits, so that any part can be made by itself.
+    """
+    if problem.dropout is None:
+        return x_OP
+    threshold, scale, heads, S, T = problem.dropout
+    row = inputs.dropout[2] + (sample * heads + head) * S + queries.index
+    high, low = _times(row, T)
+    if keys_stay:
+        high, low, key = high[None, :], low[None, :], keys.index[:, None]
+    else:
+        high, low, key = high[:, None], low[:, None], keys.index[None, :]
+    carry = _less(low + key, low).astype(jnp.int32)
+    first, second = _threefry2x32(inputs.dropout[0], inputs.dropout[1], high + carry, low + key)
+    kept_OP = jax.lax.shift_right_logical(first ^ second, 9) < threshold
+    return jnp.where(kept_OP, x_OP * scale, 0.0)
+
+
+# Words of 32 bits are int32 here, whose sums and products wrap around as those of unsigned integers do.
+def _less(a: Array, b: Array) -> Array:
+    """Of unsigned words."""
+    lowest = jnp.int32(-(2**31))
+    return (a ^ lowest) < (b ^ lowest)
+
+
+def _times(a: Array, b: int) -> tuple[Array, Array]:
+    """High and low word of the product of an unsigned word and a number below 2^31, in halves of 16 bits."""
+    a_high, a_low = jax.lax.shift_right_logical(a, 16), a & 0xFFFF
+    b_high, b_low = b >> 16, b & 0xFFFF
+    middle = a_high * b_low + jax.lax.shift_right_logical(a_low * b_low, 16)
+    rest = (middle & 0xFFFF) + a_low * b_high
+    return a_high * b_high + jax.lax.shift_right_logical(middle, 16) + jax.lax.shift_right_logical(rest, 16), a * b
+
+
+def _threefry2x32(key: Array, other_key: Array, x: Array, y: Array) -> tuple[Array, Array]:
+    """Threefry-2x32 in 20 rounds (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+    keys = key, other_key, key ^ other_key ^ 0x1BD11BDA
+    x, y = x + keys[0], y + keys[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x += y
+            y = x ^ (jax.lax.shift_left(y, turn) | jax.lax.shift_right_logical(y, 32 - turn))
+        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + (group + 1)
+    return x, y
 
 
 def _product(a: Pieces, b: Pieces) -> Array:

@@ -7,19 +7,22 @@ here are their sizes, and which part of each array a block reads.
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S query length, T key length, N query heads, G key/value heads, R = N/G, K head size, V head size of values
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from megajax.ops.attention import AttentionMask
+from megajax.ops.attention import AttentionMask, DropoutRecord
 from megajax.ops.block_reach import pairs_of, reach, segment_ids, visible_blocks
 from megajax.ops.flash_kernels import (
+    Dropout,
     Inputs,
     Problem,
     Upstream,
@@ -87,6 +90,7 @@ def forward(
     mask: AttentionMask,
     scale: float,
     *,
+    dropout: DropoutRecord | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
@@ -99,7 +103,7 @@ def forward(
     """
     (B, S, N, K), V = q_BSNK.shape, v_BTGV.shape[-1]
     blocks = (tuning or tuning_for(max(K, V))).forward
-    call = _Call.of(attention_forward, blocks, q_BSNK, k_BTGK, v_BTGV, bias_BNST, mask, scale, interpret)
+    call = _Call.of(attention_forward, blocks, q_BSNK, k_BTGK, v_BTGV, bias_BNST, mask, scale, dropout, interpret)
     specs, rows, values = call.query_specs(), call.inputs.q.shape[1], call.inputs.v.shape[-1]
     y_BSNV, lse_BNS = call.run(
         (rows // call.problem.own, N, B),
@@ -124,13 +128,14 @@ def backward(
     lse_BSN: Array,
     dy_BSNV: Array,
     *,
+    dropout: DropoutRecord | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients of q, k, v and the bias, each in its dtype; arguments as of `megajax.ops.cudnn.backward`."""
     (B, S, N, K), (_, T, G, _), V = q_BSNK.shape, k_BTGK.shape, v_BTGV.shape[-1]
     blocks, upstream = tuning or tuning_for(max(K, V)), _upstream(y_BSNV, lse_BSN, dy_BSNV.astype(q_BSNK.dtype))
-    arguments = q_BSNK, k_BTGK, v_BTGV, bias_BNST, mask, scale, interpret
+    arguments = q_BSNK, k_BTGK, v_BTGV, bias_BNST, mask, scale, dropout, interpret
 
     call = _Call.of(attention_backward_q, blocks.backward_q, *arguments)
     specs, q = call.query_specs(), call.inputs.q
@@ -195,7 +200,7 @@ class _Call:
     @classmethod
     def of(
         cls, kernel: Callable[..., None], blocks: Blocks, q: Array, k: Array, v: Array, bias: Array | None,
-        mask: AttentionMask, scale: float, interpret: bool,
+        mask: AttentionMask, scale: float, dropout: DropoutRecord | None, interpret: bool,
     ) -> "_Call":  # fmt: skip
         lengths = q.shape[1], k.shape[1]
         blocks = blocks.fitting(*lengths)
@@ -210,8 +215,8 @@ class _Call:
             visible, own, other = visible.swapaxes(1, 2), columns, rows
         return cls(
             kernel,
-            Problem(scale, mask.causal, *(mask.window or (-1, -1)), own, other),
-            Inputs(reach(visible, mask.start), q, k, v, *(ids or (None, None)), bias),
+            Problem(scale, mask.causal, *(mask.window or (-1, -1)), q.shape[2], own, other, _static(dropout)),
+            Inputs(reach(visible, mask.start), q, k, v, *(ids or (None, None)), bias, _words(dropout)),
             blocks,
             q.shape[0] * q.shape[2] * pairs_of(mask, filled, sizes),
             interpret,
@@ -237,6 +242,7 @@ class _Call:
                 q_ids=_spec(inputs.q_ids, (rows,), lambda i, n: (i,)),
                 k_ids=_spec(inputs.k_ids, (T,), lambda i, n: (0,)),
                 bias=_spec(inputs.bias, (None, rows, T), lambda i, n: (n, i, 0)),
+                dropout=None if inputs.dropout is None else _WORDS,
             ),
             Upstream(pl.BlockSpec((None, rows, None, V), lambda i, n, b: (b, i, n, 0)), numbers, numbers),
         )
@@ -256,6 +262,7 @@ class _Call:
                 q_ids=_spec(inputs.q_ids, (S,), lambda j, g: (0,)),
                 k_ids=_spec(inputs.k_ids, (columns,), lambda j, g: (j,)),
                 bias=_spec(inputs.bias, (group, S, columns), lambda j, g: (g, 0, j)),
+                dropout=None if inputs.dropout is None else _WORDS,
             ),
             Upstream(pl.BlockSpec((None, S, group, V), lambda j, g, b: (b, 0, g, 0)), numbers, numbers),
         )
@@ -287,6 +294,7 @@ class _Call:
                 bias=pl.BlockSpec(
                     (None, None, rows, columns), lambda i, j, pair: (jax.lax.div(pair, N), jax.lax.rem(pair, N), i, j)
                 ),
+                dropout=None if inputs.dropout is None else _WORDS,
             ),
             Upstream(
                 pl.BlockSpec(
@@ -328,6 +336,23 @@ def _spec(array: Any, block: tuple[int | None, ...], index: Callable[..., tuple[
         return None
     shared = array.shape[0] == 1
     return pl.BlockSpec((None, *block), lambda block, head, sample: (0 if shared else sample, *index(block, head)))
+
+
+def _static(dropout: DropoutRecord | None) -> Dropout | None:
+    if dropout is None:
+        return None
+    kept = float(np.float32(1.0 - dropout.rate))  # what a uniform number m / 2^23 is compared with
+    return Dropout(math.ceil(kept * 2**23), 1.0 / (1.0 - dropout.rate), dropout.heads, dropout.S, dropout.T)
+
+
+def _words(dropout: DropoutRecord | None) -> Array | None:
+    if dropout is None:
+        return None
+    row = jnp.asarray(dropout.first_row).astype(jnp.int32)
+    return jnp.append(jax.lax.bitcast_convert_type(dropout.key_data, jnp.int32), row)
+
+
+_WORDS = pl.BlockSpec((3,), lambda *_: (0,))
 
 
 def _fill(x: Array, dim: int, multiple: int, value: float = 0) -> Array:

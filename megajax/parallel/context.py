@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from megajax.config import ConfigError
-from megajax.ops.attention import AttentionMask, attention_dropout_kept, dot_product_attention
+from megajax.ops.attention import AttentionMask, DropoutRecord, attention_dropout_kept, dot_product_attention
 from megajax.ops.flash_attention import FlashKernel, flash_attention
 from megajax.parallel.ring_attention import Ring, ring_attention
 from megajax.parallel.sharding import spec_of
@@ -83,11 +83,14 @@ def context_parallel_attention(
       ConfigError: sizes that do not divide; dropout where its mask would have to differ from one device's.
     """
     layout = _Layout.in_context()
+    shape = (q_BSNK.shape[0], q_BSNK.shape[2], q_BSNK.shape[1], k_BTGK.shape[1])
+    key = dropout_key if dropout_rate > 0.0 else None
+    kept = None if kernel is None or key is None else DropoutRecord.of(key, dropout_rate, shape)
     if layout is None or (layout.cp == layout.ulysses == 1 and kernel is None):
-        drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        drop = {"dropout_rate": dropout_rate, "dropout_key": key}
         attend = partial(dot_product_attention, softmax_dtype=softmax_dtype, **drop)
         if kernel is not None:
-            attend = partial(flash_attention, kernel=kernel, value_size=value_size)
+            attend = partial(flash_attention, kernel=kernel, value_size=value_size, dropout=kept)
         return attend(q_BSNK, k_BTGK, v_BTGK, mask=mask, scale=scale, sink_N=sink_N)
     layout.check(q_BSNK, k_BTGK, zigzag)
     if layout.cp > 1 and comm == "a2a":
@@ -99,20 +102,18 @@ def context_parallel_attention(
         )
     ring = comm in ("p2p", "a2a+p2p") and layout.cp > 1
     zigzag = zigzag and layout.cp > 1
-    kept_BNST = None
-    if dropout_rate > 0.0 and dropout_key is not None:
-        if ring or zigzag or kernel is not None:
-            raise ConfigError(
-                f"attention_dropout={dropout_rate} is only possible in plain attention, and with"
-                " context_parallel_size > 1 only with cp_comm_type='a2a'; set attention_dropout to 0"
-            )
+    if key is not None and (ring or zigzag):
+        raise ConfigError(
+            f"attention_dropout={dropout_rate} with context_parallel_size > 1 needs cp_comm_type='a2a' or 'all_gather';"
+            " set attention_dropout to 0"
+        )
+    if key is not None and kernel is None:
         # Outside of the manual region, where it is the same whatever the mesh; every device makes its part.
-        shape = (q_BSNK.shape[0], q_BSNK.shape[2], q_BSNK.shape[1], k_BTGK.shape[1])
-        kept_BNST = attention_dropout_kept(dropout_key, dropout_rate, shape)
+        kept = attention_dropout_kept(key, dropout_rate, shape)
     region = _Region(
         layout, ring, zigzag, mask.causal, mask.window, scale, softmax_dtype, dropout_rate, kernel, value_size
     )
-    return region(q_BSNK, k_BTGK, v_BTGK, sink_N, mask, kept_BNST)
+    return region(q_BSNK, k_BTGK, v_BTGK, sink_N, mask, kept)
 
 
 def divides_keys() -> bool:
@@ -177,7 +178,13 @@ class _Region:
     value_size: int | None
 
     def __call__(
-        self, q: Array, k: Array, v: Array, sink_N: Array | None, mask: AttentionMask, kept_BNST: Array | None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        sink_N: Array | None,
+        mask: AttentionMask,
+        kept: Array | DropoutRecord | None,
     ) -> Array:
         to = self.layout
         batch, heads, traded = to.batch or None, to.heads or None, (*to.heads, ULYSSES)
@@ -198,14 +205,14 @@ class _Region:
                 PartitionSpec(heads),
                 # Ids are small: those of the keys are collected rather than sent around.
                 *(PartitionSpec(batch, CP), PartitionSpec(batch)),
-                *(keep_spec, PartitionSpec(batch, traded, CP)),
+                *(keep_spec, PartitionSpec() if isinstance(kept, DropoutRecord) else PartitionSpec(batch, traded, CP)),
                 PartitionSpec(batch if mask.bias is not None and mask.bias.shape[0] > 1 else None, heads),
             ),
             out_specs=q_spec,
             axis_names={*to.batch, *seq, *to.heads},
             check_vma=False,
         )
-        return attend(q, k, v, sink_N, mask.q_segment_ids, mask.kv_segment_ids, mask.keep, kept_BNST, mask.bias)
+        return attend(q, k, v, sink_N, mask.q_segment_ids, mask.kv_segment_ids, mask.keep, kept, mask.bias)
 
     def on_device(
         self,
@@ -217,7 +224,7 @@ class _Region:
         q_ids: Array | None,
         kv_ids: Array | None,
         keep: Array | None,
-        kept: Array | None,
+        kept: Array | DropoutRecord | None,
         bias: Array | None,
     ) -> Array:
         k, v = (self._needed_heads(x, q.shape[2]).astype(dtype) for x in (k, v))
@@ -262,16 +269,27 @@ class _Region:
             sink = jax.lax.dynamic_slice_in_dim(sink, jax.lax.axis_index(ULYSSES) * (N // u), N // u)
         return q, k, v, sink
 
+    def _own_part(self, dropout: DropoutRecord, B: int, S: int, N: int) -> DropoutRecord:
+        """What is dropped of this device's samples, heads and queries, which lie in the order of the devices."""
+        axes = self.layout.batch, (*self.layout.heads, ULYSSES), (CP,)
+        sample, head, query = (
+            jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, (B, N, S), strict=True)
+        )
+        first_row = (sample * dropout.heads + head) * dropout.S + query
+        return dataclasses.replace(dropout, first_row=first_row)
+
     def _gathered(
-        self, q: Array, k: Array, v: Array, sink: Array | None, mask: AttentionMask, kept: Array | None
+        self, q: Array, k: Array, v: Array, sink: Array | None, mask: AttentionMask, kept: Array | DropoutRecord | None
     ) -> Array:
         """Attention to all keys, which are collected from the devices of `cp`."""
         if self.kernel is None:
             attend = partial(dot_product_attention, softmax_dtype=self.softmax_dtype)
-            if kept is not None:
+            if isinstance(kept, Array):
                 attend = partial(attend, dropout_rate=self.dropout_rate, dropout_kept_BNST=kept)
         else:
             attend = partial(flash_attention, kernel=self.kernel, value_size=self.value_size)
+            if isinstance(kept, DropoutRecord):
+                attend = partial(attend, dropout=self._own_part(kept, *q.shape[:3]))
         attend = partial(attend, scale=self.scale, sink_N=sink)
         if self.layout.cp == 1:
             return attend(q, k, v, mask=mask)

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import threefry_2x32
 
-from megajax.ops.attention import AttentionMask, dot_product_attention
+from megajax.ops.attention import AttentionMask, DropoutRecord, dot_product_attention
 from megajax.ops.block_reach import reach, segment_ids, visible_blocks
 from megajax.ops.flash_attention import FlashKernel, flash_attention
+from megajax.ops.flash_kernels import _threefry2x32, _times
 
 B, S, N, G, K = 2, 72, 4, 2, 16
 RNG = np.random.default_rng(0)
@@ -34,6 +36,7 @@ class Case:
     K: int = K
     value_size: int | None = None
     sink: str = ""
+    dropout: float = 0.0
     bias: int | None = None
     """Number of samples that the bias is for."""
 
@@ -65,17 +68,25 @@ CASES = {
     "causal_bias": Case(packed(causal=True), bias=1, sink="learned"),
     "bias_of_each_sample": Case(AttentionMask(causal=True), bias=B),
     "cross_bias": Case(AttentionMask(keep=keys(jnp.arange(40)[None] < 23)), T=40, bias=B),
+    "dropout": Case(AttentionMask(causal=True), dropout=0.3),
+    "dropout_packed_sink": Case(packed(causal=True), sink="learned", dropout=0.1),
+    "dropout_bias_cross": Case(AttentionMask(keep=keys(jnp.arange(40)[None] < 23)), T=40, bias=1, dropout=0.5),
     "narrow_values": Case(packed(causal=True), K=24, value_size=16),
 }
 
 
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+def normal_of(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+normal = partial(normal_of, RNG)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_plain_attention_with_gradients(name: str, pallas_kernel: FlashKernel) -> None:
     case = CASES[name]
+    seed = list(CASES).index(name)
+    normal = partial(normal_of, np.random.default_rng(seed))
     q, k, v, dy = normal(B, S, N, case.K), *(normal(B, case.T, case.G, case.K) for _ in "kv"), normal(B, S, N, case.K)
     if case.value_size is not None:
         v = v.at[..., case.value_size :].set(0)
@@ -97,11 +108,34 @@ def test_equals_plain_attention_with_gradients(name: str, pallas_kernel: FlashKe
         y, vjp = jax.vjp(call, arrays)
         return y, *vjp(dy)
 
-    got = run(partial(flash_attention, kernel=pallas_kernel, value_size=case.value_size), arrays)
-    expected = run(dot_product_attention, arrays)
+    flash, plain = partial(flash_attention, kernel=pallas_kernel, value_size=case.value_size), dot_product_attention
+    if case.dropout:
+        key = jax.random.key(seed)
+        flash = partial(flash, dropout=DropoutRecord.of(key, case.dropout, (B, N, S, case.T)))
+        plain = partial(plain, dropout_rate=case.dropout, dropout_key=key)
+    got, expected = run(flash, arrays), run(plain, arrays)
     if case.value_size is not None:  # what is known to be zero has no gradient
         expected[1]["v"] = expected[1]["v"].at[..., case.value_size :].set(0)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=4e-6), got, expected)
+    jax.tree.map(assert_equal, got, expected)
+
+
+def assert_equal(got: jax.Array, expected: jax.Array) -> None:
+    """But for roundings of sums, whose parts are as large as the largest result; plain attention's are as large."""
+    largest = max(1.0, float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6 * largest)
+
+
+def test_what_is_dropped_far_into_a_large_array_is_what_jax_drops() -> None:
+    """Where an element's index no longer fits into 32 bits."""
+    key, T, rows = jax.random.key(5), 2**20 + 3, np.array([0, 1, 4095, 4096, 10**6, 2**31 - 1, 2**31, 2**32 - 1])
+    words = jax.lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
+    high, low = _times(jnp.asarray(rows.astype(np.uint32).view(np.int32)), T)
+    products = rows.astype(object) * T
+    assert [int(x) for x in np.asarray(high).view(np.uint32)] == [x >> 32 for x in products]
+    assert [int(x) for x in np.asarray(low).view(np.uint32)] == [x % 2**32 for x in products]
+    got = np.stack(_threefry2x32(words[0], words[1], high, low)).view(np.uint32)
+    counters = jnp.concatenate([high, low]).view(jnp.uint32)
+    np.testing.assert_array_equal(got.reshape(-1), threefry_2x32(jax.random.key_data(key), counters))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -238,8 +238,13 @@ def test_other_keys_than_the_queries_own() -> None:
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(("sizes", "comm"), [({"ulysses": 2, "tp": 2}, "a2a"), ({"cp": 2, "ulysses": 2}, "all_gather")])
-def test_dropout_is_the_one_of_one_device(sizes: dict[str, int], comm: Any) -> None:
+@pytest.mark.parametrize("by_kernel", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "comm"), [({"dp": 2, "ulysses": 2, "tp": 2}, "a2a"), ({"cp": 2, "ulysses": 2}, "all_gather")]
+)
+def test_dropout_is_the_one_of_one_device(
+    sizes: dict[str, int], comm: Any, by_kernel: bool, pallas_kernel: Any
+) -> None:
     mesh = make_mesh(**sizes)
     q, k, v, _ = Case(2).arrays()
     options: dict[str, Any] = {
@@ -249,7 +254,9 @@ def test_dropout_is_the_one_of_one_device(sizes: dict[str, int], comm: Any) -> N
         "dropout_key": jax.random.key(3),
     }
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh, 2)):
+        options |= {"kernel": pallas_kernel} if by_kernel else {}
         got = jax.jit(partial(context_parallel_attention, comm=comm, zigzag=False, **options))(q, k, v)
+    options.pop("kernel", None)
     np.testing.assert_allclose(got, dot_product_attention(q, k, v, **options), rtol=2e-5, atol=2e-6)
 
 
