@@ -11,7 +11,7 @@ from flax import linen as nn
 from megajax.backends import LocalSpecProvider
 from megajax.models.registry import FAMILIES
 
-PUBLISHED = {"retro-148m": 148e6, "retro-410m": 410e6, "retro-1.5b": 1.5e9, "retro-9.5b": 9.5e9}
+PUBLISHED = {"retro-9.5b": 9.5e9}
 """arXiv:2304.06762, rounded there."""
 
 
