@@ -160,6 +160,22 @@ CASES: dict[str, tuple] = {
         | rope("default"),
         {"norm_topk_prob": False},
     ),
+    "qwen2_moe_window": (
+        "Qwen2MoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_hidden_layers": 4}
+        | {"shared_expert_intermediate_size": 8, "decoder_sparse_step": 4, "head_dim": 4, "intermediate_size": 12}
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+        | rope("default"),
+        {"max_window_layers": 3},
+        {"layer_types": ...},
+    ),
+    "qwen3_moe_window": (
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+        | {"use_sliding_window": True, "sliding_window": 5, "head_dim": 4}
+        | rope("default"),
+        {"use_sliding_window": False},
+    ),
     "mixtral_window": (
         "MixtralForCausalLM",
         {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6, "head_dim": 8} | rope("default"),

@@ -74,6 +74,7 @@ QWEN3 = "hf_options/qwen3_window"
         ("hf_llama", {"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": "x"}}, "attention_factor='x'"),
         (QWEN3, {"use_sliding_window": False}, "use_sliding_window=False"),
         ("hf_options/smollm3", {"no_rope_layers": [1]}, "no_rope_layers=[1]"),
+        ("hf_options/qwen3_moe", {"layer_types": ["sliding_attention"] * 3}, "all layers have the window, or none has"),
         ("hf_options/zamba2", {"tie_word_embeddings": False}, "tie_word_embeddings=false gives each layer a block"),
         ("hf_options/nemotron_h_experts", {"num_experts_per_tok": 1}, "gives every expert the weight 1"),
         ("hf_options/nemotron_h_experts", {"mlp_bias": True}, "mlp_bias=true is not supported beside experts"),

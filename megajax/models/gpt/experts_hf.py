@@ -187,8 +187,22 @@ def _write_qwen2(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_qwen_windows(fields: Fields, layers: int) -> dict[str, Any]:
-    first = fields.number("max_window_layers")
-    return windowed_layers(fields, layers, lambda on: [on and i >= first for i in range(layers)])
+    end = fields.number("max_window_layers")
+    return windowed_layers(fields, layers, lambda on: [on and i % 2 == 0 and i < end for i in range(layers)])
+
+
+def _read_one_window(fields: Fields, layers: int) -> dict[str, Any]:
+    """Qwen3's models with experts have a window in all layers or in none, unlike those without."""
+    fields.optional("max_window_layers")  # which nothing reads
+    kinds = fields.optional("layer_types")
+    found = windowed_layers(fields, layers, lambda on: [on] * layers)
+    if kinds not in (None, ["sliding_attention" if found else "full_attention"] * layers):
+        raise ConfigError(f"config.json: layer_types={kinds} is not possible: all layers have the window, or none has")
+    return found
+
+
+def _write_one_window(config: TransformerConfig) -> dict[str, Any]:
+    return {name: value for name, value in write_windows(config).items() if name != "layer_types"}
 
 
 def _write_qwen_windows(config: TransformerConfig) -> dict[str, Any]:
@@ -220,8 +234,8 @@ _QWEN2 = Dialect(
 _QWEN3 = Dialect(
     RMS_GATED | {"qk_layernorm": True},
     attention_bias=True,
-    read_layers=_read_qwen_windows,
-    write_layers=_write_qwen_windows,
+    read_layers=_read_one_window,
+    write_layers=_write_one_window,
 )
 QWEN2_MOE = Architecture(
     name="Qwen2MoeForCausalLM",
