@@ -235,11 +235,11 @@ def test_the_clock_of_process_0_stops_all(processes, read_saved):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_all_is_one_line(processes):
+def test_a_mistake_of_all_is_one_line(processes, said):
     run = processes.start("run", "--train-iters 5 --load nowhere")
     _, err = run.communicate(timeout=120)
     assert run.returncode == 2
-    assert err.splitlines()[0].startswith("error: ")
+    assert said(err).splitlines()[0].startswith("error: ")
     assert "Traceback" not in err
     assert not processes.folder("run").exists()
 
