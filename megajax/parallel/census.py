@@ -75,7 +75,7 @@ class Collective:
             all-reduce            2 (n - 1) / n operand
             all-gather              (n - 1) / n result
             reduce-scatter          (n - 1) / n operand
-            all-to-all              (n - 1) / n operand (ragged: if all send alike)
+            all-to-all              (n - 1) / n operand (ragged: of what both buffers have room for, if all send alike)
             permute, broadcast                  operand
 
         Trees and hardware that adds in the network send less; how long it takes is another question.
@@ -84,6 +84,8 @@ class Collective:
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.operand_bytes if n > 1 else 0
         whole = self.result_bytes if self.kind == "all-gather" else self.operand_bytes
+        if self.kind == "ragged-all-to-all":  # one of the buffers is as long as the worst case
+            whole = min(self.operand_bytes, self.result_bytes)
         return (2 if self.kind == "all-reduce" else 1) * whole * (n - 1) // n
 
     def __str__(self) -> str:
