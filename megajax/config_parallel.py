@@ -144,6 +144,16 @@ class ParallelConfig:
         return self.pipeline_engine or ("lockstep" if self.pipeline_schedule == "1f1b" else "table")
 
     @property
+    def stages_branch(self) -> bool:
+        """Whether a stage may leave out what is another's: layers that it has fewer of, multi-token prediction.
+
+        To a permute all devices have to come, whatever their stage. Rings of attention have some, and so have gradients
+        that ZeRO divides, of weights that tensor parallelism does not. What zb-h1 cuts in two must be no branch.
+        """
+        has_stages = self.pipeline_model_parallel_size > 1
+        return has_stages and not self.zigzag and self.zero < 2 and self.pipeline_schedule != "zb-h1"
+
+    @property
     def ulysses_size(self) -> int:
         """Shards of the sequence that attention trades for heads."""
         if self.cp_comm_type == "a2a":

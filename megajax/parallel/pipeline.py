@@ -9,7 +9,8 @@ microbatches, tick t runs on stage s
 where the n = v m items are ordered in groups of p microbatches, each group once a chunk: forwards through the chunks
 upwards, backwards downwards (circular placement, as in Megatron's interleaved schedule, arXiv:2104.04473). What a stage
 sends arrives one tick later, exactly when its neighbour needs it. Warm-up ticks run forwards only, cool-down ticks
-backwards only, so the time is (n + p - 1) (F + B) of a chunk: 1F1B's, with a bubble of (p - 1) / (v m).
+backwards only, so the time is (n + p - 1) (F + B) of a chunk: 1F1B's, with a bubble of (p - 1) / (v m). Only where
+stages have fewer layers than others do they branch, around each layer that they may not have.
 
 Between forward and backward, what the derivative needs waits in a ring of 2 v p - 1 slots, whatever m is. It is what
 `jax.vjp` keeps, so the recomputation policy of the layers decides its size, and no forward is repeated unless asked.
@@ -36,13 +37,13 @@ from megajax.parallel.pipeline_pieces import (
     Work,
     as_stream,
     at_index,
+    finished,
     laid_out,
     over_stages,
     put_at,
     room,
     select,
     shift,
-    without_chunks,
     zero_sums,
     zeros,
 )
@@ -214,7 +215,7 @@ class _Engine:
         carry, _ = jax.lax.scan(steady, carry, jnp.arange(turn, end))
         carry, _ = jax.lax.scan(cool_down, carry, jnp.arange(end, schedule.ticks))
         gradients, loss = carry.sums
-        return without_chunks(gradients), loss
+        return finished(gradients, self.pieces), loss
 
     def loss(self) -> Array:
         """The forward ticks alone."""

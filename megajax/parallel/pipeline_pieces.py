@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from megajax.ops.cross_entropy import FusedLoss
@@ -40,13 +41,16 @@ class Pieces(NamedTuple):
     embed: (shared parameters, microbatch, key) -> x, what goes from stage to stage: an array [B, S, D], or a tree of
     such. blocks: the blocks of layers that it passes, one after the other. loss: (shared parameters, y, microbatch,
     weights) -> loss. Embed and loss are called on all stages alike and return the same on each. read_by: for each
-    block, the small parameters outside of it that its layers read, or modules of such.
+    block, the small parameters outside of it that its layers read, or modules of such. apart: shared parameters, or
+    modules of such, whose gradient each stage gives a part of (see `one_stage`), and not each the whole, where
+    `stages_branch`.
     """
 
     embed: Callable[[Tree, Batch, Array | None], Tree]
     blocks: tuple[BlockFn, ...]
     loss: Callable[[Tree, Tree, Batch, Array], FusedLoss]
     read_by: tuple[tuple[Path, ...], ...] = ()
+    apart: tuple[Path, ...] = ()
 
     @property
     def reads(self) -> tuple[tuple[Path, ...], ...]:
@@ -95,6 +99,7 @@ class Ends:
         first = work.at(jnp.int32(0))
         self.x_like = jax.eval_shape(pieces.embed, shared, first.batch, first.key)
         """Shapes of what goes from stage to stage."""
+        self._embedding = _Read.by(lambda shared: pieces.embed(shared, first.batch, first.key), shared)
 
     def enter(self, due: Array, microbatch: Array) -> Tree:
         """What stage 0 takes in, or zeros."""
@@ -138,13 +143,22 @@ class Ends:
 
     def enter_backward(self, due: Array, microbatch: Array, dx: Tree, sums: Sums) -> Sums:
         """Through the embedding, for the microbatch whose dx is stage 0's."""
+        totals = sums.gradients.shared
 
-        def backward() -> Tree:
+        def backward() -> list[Array]:
             work = self._work.at(microbatch)
-            _, pullback = jax.vjp(lambda shared: self._pieces.embed(shared, work.batch, work.key), self._shared)
-            return self._laid_out(added(sums.gradients.shared, pullback(broadcast_from(dx, 0))[0]))
 
-        shared = jax.lax.cond(due, backward, lambda: self._laid_out(sums.gradients.shared))
+            def embed(params: list[Array]) -> Tree:
+                return self._pieces.embed(self._embedding.put(self._shared, params), work.batch, work.key)
+
+            _, pullback = jax.vjp(embed, self._embedding.take(self._shared))
+            [gradients] = pullback(broadcast_from(dx, 0))
+            return self._laid_out_embedding(added(self._embedding.take(totals), gradients))
+
+        def wait() -> list[Array]:
+            return self._laid_out_embedding(self._embedding.take(totals))
+
+        shared = self._embedding.put(totals, jax.lax.cond(due, backward, wait))
         return sums._replace(gradients=sums.gradients._replace(shared=shared))
 
     def _zeros(self) -> Tree:
@@ -153,6 +167,35 @@ class Ends:
     def _laid_out(self, shared: Tree) -> Tree:
         # Both branches of a conditional must lay out what they return alike.
         return shared if self._specs is None else laid_out(shared, self._specs.shared)
+
+    def _laid_out_embedding(self, gradients: list[Array]) -> list[Array]:
+        return gradients if self._specs is None else laid_out(gradients, self._embedding.take(self._specs.shared))
+
+
+class _Read(NamedTuple):
+    """Which leaves of a tree a function reads: a branch that is to leave the others alone does not hold them."""
+
+    leaves: tuple[bool, ...]
+
+    @classmethod
+    def by(cls, function: Callable[[Tree], Tree], tree: Tree) -> _Read:
+        jaxpr = jax.make_jaxpr(function)(tree).jaxpr
+        read = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars} | {id(atom) for atom in jaxpr.outvars}
+        return cls(tuple(id(var) in read for var in jaxpr.invars))
+
+    def take(self, tree: Tree) -> list[Any]:
+        """Those leaves."""
+        return [leaf for leaf, read in zip(_leaves(tree), self.leaves, strict=True) if read]
+
+    def put(self, tree: Tree, leaves: list[Any]) -> Tree:
+        """The tree with other ones in their place."""
+        rest = iter(leaves)
+        old, structure = jax.tree.flatten(tree)
+        return structure.unflatten([next(rest) if read else leaf for leaf, read in zip(old, self.leaves, strict=True)])
+
+
+def _leaves(tree: Tree) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 class Chunks:
@@ -183,9 +226,24 @@ def zero_sums(params: Params) -> Sums:
     return Sums(Params(*none), jnp.float32(0))
 
 
-def without_chunks(gradients: Params) -> Params:
-    """Staged leaves [v, n, ...] to [v n, ...]."""
-    return gradients._replace(staged=jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), gradients.staged))
+def stages_branch() -> bool:
+    """Whether what is traced is a stage of a pipeline whose stages may compute different things
+    (`ParallelConfig.stages_branch`)."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return PP in manual and PP in (dict(nn.get_logical_axis_rules()).get("stage") or ())
+
+
+def finished(gradients: Params, pieces: Pieces) -> Params:
+    """What the sums of a step add up to: staged leaves [v, n, ...] become [v n, ...], parts that stages have of shared
+    ones meet."""
+
+    def of_shared(path: Any, leaf: Array) -> Array:
+        keys = tuple(key.key for key in path)
+        is_part = stages_branch() and any(keys[: len(name)] == name for name in pieces.apart)
+        return jax.lax.psum(leaf, PP) if is_part else leaf
+
+    staged = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), gradients.staged)
+    return Params(staged, jax.tree_util.tree_map_with_path(of_shared, gradients.shared))
 
 
 def zeros(like: Tree) -> Tree:

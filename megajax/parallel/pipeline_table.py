@@ -28,13 +28,13 @@ from megajax.parallel.pipeline_pieces import (
     Work,
     as_stream,
     at_index,
+    finished,
     laid_out,
     over_stages,
     put_at,
     room,
     select,
     shift,
-    without_chunks,
     zero_sums,
     zeros,
 )
@@ -110,7 +110,7 @@ class _Engine:
         work: Work,
         gradient_specs: Params,
     ) -> None:
-        self.schedule, self.work, self.gradient_specs = schedule, work, gradient_specs
+        self.pieces, self.schedule, self.work, self.gradient_specs = pieces, schedule, work, gradient_specs
         self.plan = plan_ticks(schedule, len(pieces.blocks))
         self.stage = jax.lax.axis_index(PP)
         self.chunks = Chunks(params.staged, rows, schedule.chunks)
@@ -130,7 +130,7 @@ class _Engine:
         ticks = jax.tree.map(jnp.asarray, (self.plan.stage_ticks, self.plan.events))
         carry, _ = jax.lax.scan(self._tick, self._start(), ticks)
         gradients, loss = carry.sums
-        return without_chunks(gradients), loss
+        return finished(gradients, self.pieces), loss
 
     def _start(self) -> _Carry:
         slots, like = self.plan.slots, self.ends.x_like

@@ -41,6 +41,10 @@ _FREE = frozenset({
 """What takes no time of the compute units: names for what is there already, or copies that run beside."""
 
 
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+"""What writes a part of its first operand: which operand says what is written."""
+
+
 class Transfer(NamedTuple):
     """A collective in the schedule of a program. times: its executions; all seconds are of these together.
 
@@ -102,6 +106,13 @@ Shares = Mapping[int, tuple[float, ...]]
 do, and all devices take the same; of more, devices differ, and wait for the one that has most to do."""
 
 
+class Taken(NamedTuple):
+    """How often a branch runs that not all devices take: mean over the devices, and on the one that takes it most."""
+
+    mean: float
+    most: float
+
+
 def estimate(
     hlo_text: str,
     mesh: Mesh,
@@ -110,6 +121,7 @@ def estimate(
     *,
     turns: int = 1,
     blocks_of: BlocksOf | None = None,
+    taken: Mapping[str, Taken] | None = None,
 ) -> Estimate:
     """Reads a compiled program for the devices of `mesh`, of the kind `target`.
 
@@ -117,12 +129,15 @@ def estimate(
       shares: how often conditionals in loops take which branch; without it, always the longest.
       turns: of loops whose number of turns is known at run time only.
       blocks_of: how much grouped kernels do; `turns` blocks by default.
+      taken: of conditionals by their name (`megajax.parallel.skipped`) how often the longer branch runs, whatever
+        `shares` says. The others wait for the device that takes it most.
 
     Raises:
       ValueError: the text is not that of a compiled program.
     """
     computations, entry = computations_of(hlo_text)
-    program = _Program(computations, mesh, target, shares or {}, turns, blocks_of or (lambda rows: turns))
+    blocks_of = blocks_of or (lambda rows: turns)
+    program = _Program(computations, mesh, target, shares or {}, turns, blocks_of, taken or {})
     run = program.run(entry, Where())
     return Estimate(run.clock, run.compute, run.flops, run.recomputed, tuple(program.transfers), program.kernels)
 
@@ -170,9 +185,10 @@ class _Program:
         shares: Shares,
         turns: int,
         blocks_of: BlocksOf,
+        taken: Mapping[str, Taken],
     ) -> None:
         self.computations, self.mesh, self.target, self.shares = computations, mesh, target, shares
-        self.turns, self.blocks_of = turns, blocks_of
+        self.turns, self.blocks_of, self.taken = turns, blocks_of, taken
         self.mesh_shape = tuple(mesh.shape.items())
         self.transfers: list[Transfer] = []
         self.kernels: dict[str, float] = {}
@@ -216,21 +232,35 @@ class _Program:
         """A conditional as it runs on average."""
         branches = [self._branch(called, where._replace(conditional=True)) for called in instruction.called]
         longest = max(range(len(branches)), key=lambda i: branches[i].run.clock)
-        shares = self.shares.get(len(branches)) if where.loops else None
-        if shares is None:
-            shares = tuple(float(i == longest) for i in range(len(branches)))
-        elif len(shares) == 2 and longest == 0:
-            shares = shares[::-1]
+        shares, most = self._shares(instruction, len(branches), longest, where)
         for branch, share in zip(branches, shares, strict=True):
             self.transfers += [transfer.scaled(share) for transfer in branch.transfers]
             for name, times in branch.kernels.items():
                 self.kernels[name] = self.kernels.get(name, 0) + times * share
-        mean = _Run()
+        mean, busiest = _Run(), _Run()
         for branch, share in zip(branches, shares, strict=True):
             mean.add(branch.run, share)
-        if len(shares) == 2:
+        busiest.add(branches[longest].run, most)
+        if len(shares) == 2 and shares[longest] == most:
             return mean
-        return dataclasses.replace(branches[longest].run, flops=mean.flops, recomputed=mean.recomputed)
+        return dataclasses.replace(busiest, flops=mean.flops, recomputed=mean.recomputed)
+
+    def _shares(
+        self, instruction: Instruction, branches: int, longest: int, where: Where
+    ) -> tuple[tuple[float, ...], float]:
+        """(how often each branch runs on average, how often the longest on the device that others wait for)."""
+        path = instruction.op_name.split("/")
+        taken = next((taken for name, taken in self.taken.items() if name in path), None)
+        shares = self.shares.get(branches) if where.loops else None
+        if taken is not None and branches == 2:
+            shares = (1 - taken.mean, taken.mean)
+        if shares is None:
+            shares = tuple(float(i == longest) for i in range(branches))
+        elif branches == 2 and longest == 0:
+            shares = shares[::-1]
+        if taken is not None:
+            return shares, taken.most
+        return shares, shares[longest] if branches == 2 else 1.0
 
     def _branch(self, name: str, where: Where) -> _Branch:
         """One branch by itself."""
@@ -295,8 +325,8 @@ class _Program:
             return _traffic_of_fusion(tuple(self.computations[called]))
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * bytes_of(instruction.shape)
-        if instruction.opcode == "dynamic-update-slice":
-            return 2 * bytes_of(instruction.reads[1].shape)
+        if instruction.opcode in _IN_PLACE:
+            return 2 * bytes_of(instruction.reads[_IN_PLACE[instruction.opcode]].shape)
         rows = rows_of_groups(instruction, self.blocks_of)
         if rows is not None:
             return rows * told(instruction, "bytes_a_row") + told(instruction, "bytes_besides")
@@ -319,8 +349,9 @@ def _traffic_of_fusion(body: tuple[Instruction, ...]) -> int:
                 wanted += read(user)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == instruction.name:
                 wanted += bytes_of(user.shape)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == instruction.name:
-                continue  # written in place
+            elif user.opcode in _IN_PLACE and user.operands[0] == instruction.name:
+                # A scatter adds to what is there.
+                wanted += bytes_of(user.reads[_IN_PLACE["scatter"]].shape) if user.opcode == "scatter" else 0
             else:
                 return bytes_of(instruction.shape)
         return min(wanted, bytes_of(instruction.shape))
@@ -330,8 +361,8 @@ def _traffic_of_fusion(body: tuple[Instruction, ...]) -> int:
             return sum(written(part) for part in instruction.reads)
         if instruction.opcode == "bitcast":
             return written(instruction.reads[0])
-        if instruction.opcode == "dynamic-update-slice":
-            return bytes_of(instruction.reads[1].shape)
+        if instruction.opcode in _IN_PLACE:
+            return bytes_of(instruction.reads[_IN_PLACE[instruction.opcode]].shape)
         return bytes_of(instruction.shape)
 
     return sum(read(i) for i in body if i.opcode == "parameter") + written(body[-1])

@@ -53,6 +53,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig, devices: int)
         "act_ssm_heads": ("tp",),
         "act_ssm_groups": ssm_groups,
         "act_vocab": ("tp",),
+        "stage": ("pp",) if parallel.stages_branch else (),  # work of one stage, of which others do nothing
     }
     parameters: dict[str, MeshAxes] = {
         "layers": ("pp",),
@@ -107,7 +108,8 @@ def gathered(weight: Array, *axes: str) -> Array:
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
     if math.prod(mesh.shape.get(axis, 1) for axis in rules.get("embed") or ()) == 1:
-        return weight
+        # A stage that branches has to sum its gradients as they are: to divide them, XLA would permute.
+        return constrain_gradient(weight, *axes) if rules.get("stage") else weight
     whole = spec_of(tuple(None if axis == "embed" else axis for axis in axes), rules)
     return _laid_out(weight, whole, spec_of(axes, rules))
 

@@ -25,10 +25,12 @@ class Views:
     Attributes:
       sources: of each result its place in what calling this returns, None where it is no view.
       rest: shapes of those that are none.
+      reads: places of those of `known` that the views are of.
     """
 
     sources: tuple[int | None, ...]
     rest: tuple[jax.ShapeDtypeStruct, ...]
+    reads: tuple[int, ...]
     _known: tuple[Var, ...]
     _made: tuple[JaxprEqn, ...]
     _results: tuple[Var, ...]
@@ -48,13 +50,15 @@ class Views:
                 made.append(eqn)
         found = [var for var in jaxpr.outvars if not isinstance(var, Literal) and var in at_hand]
         results = tuple(dict.fromkeys(found))
+        made, read = _needed(made, results)
         sources = tuple(results.index(var) if var in results else None for var in jaxpr.outvars)
         rest = [var.aval for var, source in zip(jaxpr.outvars, sources, strict=True) if source is None]
         shapes = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in rest)  # type: ignore[attr-defined]
-        return cls(sources, shapes, arguments, tuple(made), results)
+        reads = tuple(place for place, var in enumerate(arguments) if var in read)
+        return cls(sources, shapes, reads, arguments, made, results)
 
-    def __call__(self, known: Sequence[Array]) -> list[Array]:
-        """The views, those that nothing refers to left for the compiler to drop."""
+    def __call__(self, known: Sequence[Array | None]) -> list[Array]:
+        """The views; of `known`, only what `reads` says is looked at."""
         values: dict[Var, Any] = dict(zip(self._known, known, strict=True))
         for eqn in self._made:
             given = [atom.val if isinstance(atom, Literal) else values[atom] for atom in eqn.invars]
@@ -62,3 +66,13 @@ class Views:
                 result = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
             values.update(zip(eqn.outvars, result if eqn.primitive.multiple_results else [result], strict=True))
         return [values[var] for var in self._results]
+
+
+def _needed(made: Sequence[JaxprEqn], results: Sequence[Var]) -> tuple[tuple[JaxprEqn, ...], set[Any]]:
+    """(the instructions that the results need, what those and the results read)."""
+    read, kept = set(results), []
+    for eqn in reversed(made):
+        if not read.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+    return tuple(reversed(kept)), read

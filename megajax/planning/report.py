@@ -15,12 +15,16 @@ from megajax.models.family import Family
 from megajax.ops.grouped import LOOP, block_for
 from megajax.parallel.aot import absent_gpus, target_of
 from megajax.parallel.mesh import describe
+from megajax.parallel.one_stage import ON_LAST_STAGE
 from megajax.parallel.pipeline import Lockstep
-from megajax.parallel.roofline import Shares, Transfer, estimate
+from megajax.parallel.roofline import Shares, Taken, Transfer, estimate
 from megajax.parallel.schedule_ticks import plan_ticks
 from megajax.parallel.schedules import Schedule, make_schedule
 from megajax.planning.memory import Memory, memory_of, short
 from megajax.training.ahead import Compiled, Step, compile_step
+from megajax.training.setup import Program
+from megajax.transformer.block import rows_of
+from megajax.transformer.stages import PADDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +167,8 @@ def report_of(compiled: Compiled, target: str) -> Report:
     config, mesh = program.config, program.mesh
     schedule = _schedule(config, compiled)
     blocks_of = partial(_blocks_of_rows, config)
-    text, shares = compiled.executable.as_text(), _shares(config, schedule)
-    found = estimate(text, mesh, gpu, shares, turns=blocks_of(None), blocks_of=blocks_of)
+    text, shares, taken = compiled.executable.as_text(), _shares(config, schedule), _taken(program)
+    found = estimate(text, mesh, gpu, shares, turns=blocks_of(None), blocks_of=blocks_of, taken=taken)
     samples = compiled.num_microbatches * program.batches.micro_batch_size * program.batches.data_parallel_size
     seq_length = config.data.seq_length
     work = program.family.flops(config.model, batch_size=samples, seq_length=seq_length) / mesh.size
@@ -257,6 +261,17 @@ def _shares(config: Config, schedule: Schedule | None) -> Shares:
     each = tuple(float((kinds == kind).mean()) for kind in range(4 if schedule.splits_backward else 3))
     busy = schedule.microbatches / schedule.ticks
     return {2: (1 - busy, busy), len(each): each}
+
+
+def _taken(program: Program) -> dict[str, Taken]:
+    """Rows that stages do not fill all alike, and what the last stage does alone."""
+    stages = program.config.parallel.pipeline_model_parallel_size
+    taken = {ON_LAST_STAGE: Taken(1 / stages, 1.0)}
+    for stacks in program.stages.blocks.values():
+        for name, stack in stacks.items():
+            rows = (stack.source != PADDING).reshape(stages, -1)
+            taken[rows_of(name)] = Taken(float(rows.mean()), float(rows.mean(axis=1).max()))
+    return taken
 
 
 def _slots(config: Config, schedule: Schedule) -> int:

@@ -74,10 +74,12 @@ class Stages:
     Attributes:
       blocks: the blocks of layers that are divided over stages, by their paths, in the order in which they run.
       chunks: of each block, all stages together.
+      skips_padding: where stages have fewer layers than others, they compute nothing instead.
     """
 
     blocks: dict[Path, Placement]
     chunks: int = 1
+    skips_padding: bool = True
 
     @classmethod
     def of(cls, model: nn.Module, family: Family, config: Config) -> Stages:
@@ -102,6 +104,7 @@ class Stages:
         return cls(
             {block: place_layers(segments[block], layers[block], stages=stages, chunks=chunks) for block in segments},
             stages * chunks,
+            skips_padding=parallel.stages_branch,
         )
 
     @property
@@ -113,8 +116,11 @@ class Stages:
         """What a stage is told of its rows, by block; leaves [p v n]."""
 
         def of_stack(stack: StackPlacement) -> StackRows:
-            valid = jnp.asarray(stack.source != PADDING) if stack.has_padding else None
-            return StackRows(jnp.asarray(stack.layer, jnp.int32), valid)
+            rows = StackRows(jnp.asarray(stack.layer, jnp.int32))
+            if not stack.has_padding:
+                return rows
+            real = jnp.asarray(stack.source != PADDING)
+            return rows._replace(wanted=real) if self.skips_padding else rows._replace(masked=real)
 
         return tuple({name: of_stack(stack) for name, stack in block.items()} for block in self.blocks.values())
 

@@ -14,6 +14,7 @@ from megajax.config import ConfigError, TransformerConfig
 from megajax.ops.attention import AttentionMask
 from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import is_box
+from megajax.parallel.skipped import run_if
 from megajax.spec import Builder
 from megajax.transformer.layer import WithContext
 from megajax.transformer.stack import Segment, Stack, fold_layers
@@ -43,11 +44,14 @@ class LayerInputs(NamedTuple):
 class StackRows(NamedTuple):
     """The rows of a stack that one pipeline stage holds: what its parameters' leading dim means.
 
-    index: int [n], the layer of each row. valid: bool [n]; False is padding, which passes its input on; None: none is.
+    index: int [n], the layer of each row. wanted: bool [n]; False is padding, which passes its input on and is not
+    computed; None: none is. masked: False for padding as well, which is computed and dropped: where devices of several
+    stages take part in a collective of a layer, all have to come to it.
     """
 
     index: Array
-    valid: Array | None
+    wanted: Array | None = None
+    masked: Array | None = None
 
 
 class TransformerBlock(nn.Module):
@@ -158,12 +162,12 @@ class _Run(NamedTuple):
     recorded: bool
     rows: Mapping[str, StackRows] | None
 
-    def of_row(self, valid: Array | None) -> "_Run":
-        """For a row that may be padding, whose routers must not count."""
+    def of_row(self, masked: Array | None) -> "_Run":
+        """For a row that may be padding and is computed, whose routers must not count."""
         weight = self.inputs.aux_weight
-        if valid is None or weight is None:
+        if masked is None or weight is None:
             return self
-        return self._replace(inputs=self.inputs._replace(aux_weight=weight * valid))
+        return self._replace(inputs=self.inputs._replace(aux_weight=weight * masked))
 
     def behind(self, contexts: tuple[Array | None, ...]) -> "_Run":
         """For the layers after a segment whose layers made these contexts [repeats, ...]."""
@@ -184,9 +188,10 @@ def _layer_indices(stack: Stack) -> Array:
 
 
 def _apply_layer(
-    layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, index: Array
+    layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, row: StackRows
 ) -> tuple[Array, Tree, Array | None]:
     """(x, cache, context that it made)."""
+    run, index = run.of_row(row.masked), row.index
     rngs = None if run.dropout_key is None else {"dropout": jax.random.fold_in(run.dropout_key, index)}
     result: Any
     cache = None
@@ -212,44 +217,75 @@ def _first_layers(segment: Segment, variables: tuple[Tree, ...], count: int) -> 
 Step = Callable[[Array, Tree], tuple[Array, Tree]]
 """One period of a segment.
 
-(x, (variables, (index, valid)) of each of its layers) -> (x, (caches, outputs, contexts)).
+(x, (variables, `StackRows`) of each of its layers) -> (x, (caches, outputs, contexts)).
 """
 
 
 def _run_segment(
     segment: Segment, layers: Sequence[nn.Module], variables: Tree, x_BSD: Array, run: _Run, config: TransformerConfig
 ) -> tuple[Array, Tree]:
-    def step(x_BSD: Array, period: Tree) -> tuple[Array, Tree]:
+    def step(x_BSD: Array, period: Tree, apply: "_Apply" = _apply_layer) -> tuple[Array, Tree]:
         caches, outputs, contexts = [], [], []
-        for layer, layer_variables, (index, valid) in zip(layers, *period, strict=True):
-            y_BSD, cache, context = _apply_layer(layer, run.of_row(valid), layer_variables, x_BSD, index)
-            x_BSD = y_BSD if valid is None else jnp.where(valid, y_BSD, x_BSD)
+        for stack, layer, layer_variables, row in zip(segment.stacks, layers, *period, strict=True):
+            x_BSD, cache, context = _apply_row(stack, partial(apply, layer, run), layer_variables, x_BSD, row)
             caches.append(cache)
             outputs.append(x_BSD if run.recorded else None)
             contexts.append(context)
         return x_BSD, (tuple(caches), tuple(outputs), tuple(contexts))
 
-    every = [run.rows[stack.name] if run.rows else (_layer_indices(stack), None) for stack in segment.stacks]
-    xs = (variables, tuple((index, valid) for index, valid in every))
-    width = len(segment.stacks)
+    rows = tuple(run.rows[stack.name] if run.rows else StackRows(_layer_indices(stack)) for stack in segment.stacks)
+    xs, width = (variables, rows), len(segment.stacks)
     if config.recompute_granularity != "full":
         return jax.lax.scan(step, x_BSD, xs)
     asked = config.recompute_num_layers or 1
+    again: Step = jax.checkpoint(step, prevent_cse=False)
+    if width == 1 and rows[0].wanted is not None:
+        again = partial(step, apply=_recomputed_layer)  # in the branch that computes the layer, not around it
     if config.recompute_method == "uniform":
-        return _scan_in_groups(step, x_BSD, xs, group=max(1, asked // width))
+        return _scan_in_groups(step, again, x_BSD, xs, group=max(1, asked // width))
     # "block": the first layers of the whole stack (of each pipeline stage) are recomputed, the others keep activations.
     before = 0 if run.rows else segment.stacks[0].first
     first = -(-max(0, asked - before) // width)
-    return _scan_parts(x_BSD, xs, [(jax.checkpoint(step, prevent_cse=False), first), (step, segment.repeats)])
+    return _scan_parts(x_BSD, xs, [(again, first), (step, segment.repeats)])
 
 
-def _scan_in_groups(step: Step, x_BSD: Array, xs: Tree, *, group: int) -> tuple[Array, Tree]:
-    """Scans with only the input of every `group` periods kept; the rest is recomputed."""
+def rows_of(stack: str) -> str:
+    """What the branches that rows of a stack run in are called in a compiled program."""
+    return f"rows_of_{stack}"
+
+
+_Apply = Callable[[nn.Module, _Run, Tree, Array, StackRows], tuple[Array, Tree, Array | None]]
+
+
+def _recomputed_layer(
+    layer: nn.Module, run: _Run, variables: Tree, x_BSD: Array, row: StackRows
+) -> tuple[Array, Tree, Array | None]:
+    return jax.checkpoint(partial(_apply_layer, layer, run), prevent_cse=False)(variables, x_BSD, row)
+
+
+def _apply_row(
+    stack: Stack,
+    layer: Callable[[Tree, Array, StackRows], tuple[Array, Tree, Array | None]],
+    variables: Tree,
+    x_BSD: Array,
+    row: StackRows,
+) -> tuple[Array, Tree, Array | None]:
+    """A layer, or nothing where its row is padding."""
+    if row.wanted is not None:
+        shapes = jax.eval_shape(layer, variables, x_BSD, row)
+        _, *others = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return run_if(row.wanted, layer, variables, x_BSD, row, otherwise=(x_BSD, *others), name=rows_of(stack.name))
+    y_BSD, cache, context = layer(variables, x_BSD, row)
+    return (y_BSD if row.masked is None else jnp.where(row.masked, y_BSD, x_BSD)), cache, context
+
+
+def _scan_in_groups(step: Step, again: Step, x_BSD: Array, xs: Tree, *, group: int) -> tuple[Array, Tree]:
+    """Scans with only the input of every `group` periods kept; the rest is recomputed. again: a recomputed step."""
     length = jax.tree.leaves(xs)[0].shape[0]
     group = min(group, length)
     if group == 1:
         # What is kept of the parameters is then the stack itself, which a pipeline knows as its own.
-        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x_BSD, xs)
+        return jax.lax.scan(again, x_BSD, xs)
 
     def run_group(x_BSD: Array, inner: Tree) -> tuple[Array, Tree]:
         return jax.checkpoint(lambda x, i: jax.lax.scan(step, x, i), prevent_cse=False)(x_BSD, inner)

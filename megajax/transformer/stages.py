@@ -47,7 +47,8 @@ Placement = Mapping[str, StackPlacement]
 def place_layers(segments: Sequence[Segment], layers: Sequence[int], *, stages: int, chunks: int) -> Placement:
     """Divides the layers of a model over pipeline stages.
 
-    A stack gets as many rows on every stage as the fullest one needs; the rest is padding, which costs time and memory.
+    A stack gets as many rows on every stage as the fullest one needs; the rest is padding, which costs memory, and time
+    as well where stages do not branch (`ParallelConfig.stages_branch`).
 
     Args:
       segments: how the layers are stacked.

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from megajax.parallel.aot import TARGETS
-from megajax.parallel.roofline import estimate
+from megajax.parallel.roofline import Taken, estimate
 
 # A product of 2 * 1024^3 FLOPs takes 2.147 ms and the sum of 4 MiB over two devices 4.194 ms, both without their rest.
 GPU = dataclasses.replace(TARGETS["h100"], bf16=1e12, bandwidth=1e15, nvlink=1e9)
@@ -161,3 +161,16 @@ def test_devices_that_differ_wait_for_the_slowest():
     found = estimate(looped("%idle", "%busy", "%busy"), mesh(), GPU, {3: (0.5, 0.25, 0.25)})
     assert found.flops == pytest.approx(0.5 * 10 * 2 * 1024**3)
     assert found.seconds == pytest.approx(10 * (PRODUCT + SUM), rel=1e-4)
+
+
+def test_what_some_devices_do_alone():
+    """Half of the devices take the branch, one of them always: the others wait for it."""
+    branches = "branch_computations={%idle, %busy}"
+    text = looped("%idle", "%busy").replace(branches, branches + ', metadata={op_name="f/rows_of_layers/cond"}')
+    named = {"rows_of_layers": Taken(0.5, 1.0)}
+    found = estimate(text, mesh(), GPU, {2: (0.25, 0.75)}, taken=named)
+    assert found.flops == pytest.approx(0.5 * 10 * 2 * 1024**3)
+    assert found.seconds == pytest.approx(10 * (PRODUCT + SUM), rel=1e-4)
+    assert found.transfers[0].times == pytest.approx(5)
+    others = estimate(text, mesh(), GPU, {2: (0.25, 0.75)}, taken={"rows_of_others": Taken(0.5, 1.0)})
+    assert others.flops == pytest.approx(0.75 * 10 * 2 * 1024**3)

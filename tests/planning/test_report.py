@@ -87,6 +87,17 @@ def test_a_pipeline_idles_as_the_papers_say():
 
 
 @needs_aot
+def test_stages_of_unequal_size_compute_no_padding():
+    """One, two, one and no layers, so that half of the rows are padding; and a module that only the last stage runs."""
+    uneven = ("--pp", "4", "--tp", "2", "--sequence-parallel", "--pipeline-model-parallel-layout", "Et|tt|t|mL")
+    report = planned(*uneven, "--mtp-num-layers", "1")
+    assert report.model_flops * 8 > 6 * BATCH * SEQ * ((L + 1) * LAYER + 2 * V * D)
+    assert report.idle_flops == pytest.approx(report.executed_flops * 3 / (BATCH + 3))
+    useful = report.executed_flops - report.idle_flops - report.recomputed_flops
+    assert useful == pytest.approx(report.model_flops, rel=0.1)
+
+
+@needs_aot
 def test_collectives_of_layers_are_those_of_tensor_parallelism():
     report = planned(*TP)
     kinds = {(row.kind, row.axes): row for row in report.traffic if row.in_layers}

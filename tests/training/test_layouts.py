@@ -86,6 +86,7 @@ LAYOUTS = [
     Layout(pp=8, layers=8),
     Layout(devices=2, pp=2, batch=6, mbs=2, model="untied"),
     Layout(devices=4, pp=4, layers=5, pipeline="Et|tt||ttL", mbs=2),
+    Layout(devices=4, pp=2, tp=2, sp=True, first=1, zero=2, model="untied"),  # computes padding, and drops it
     Layout(devices=2, pp=2, vpp=2, mbs=2),
     Layout(devices=2, pp=2, vpp=2, batch=6, mbs=2, zero=0),  # microbatches that the stages do not divide
     Layout(devices=4, pp=4, vpp=2, layers=8),
@@ -118,6 +119,7 @@ LAYOUTS = [
     Layout(model="latent", cp=2, comm="a2a", tp=2, sp=True, zero=3),
     Layout(model="latent", devices=4, pp=2, ep=2),
     Layout(model="latent", pp=2, tp=2, sp=True, zero=3),
+    Layout(model="latent", pp=2, tp=2, sp=True, ep=2, first=1),
 ]
 RARE = [
     Layout(model="experts", ep=2, etp=2, tp=4, mbs=2),  # experts over a part of tp
@@ -301,7 +303,13 @@ def test_any_layout_equals_one_device(layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(devices=2, pp=2, mbs=2), Layout(devices=4, pp=2, vpp=2, tp=2, mbs=2)], ids=str
+    "layout",
+    [
+        Layout(devices=2, pp=2, mbs=2),
+        Layout(devices=4, pp=2, vpp=2, tp=2, mbs=2),
+        Layout(devices=4, pp=4, layers=5, pipeline="Et|tt||ttL", mbs=2),
+    ],
+    ids=str,
 )
 def test_dropout_masks_are_those_of_one_device(layout):
     """A microbatch draws its masks from its own key, whichever stage, and whichever chunk, it is on."""

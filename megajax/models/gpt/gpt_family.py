@@ -115,7 +115,8 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
             method="loss_sum_of_stream",
         )
 
-    return Pieces(embed, (layers,), loss)
+    further = config_of(model).mtp_num_layers or 0
+    return Pieces(embed, (layers,), loss, apart=tuple((f"mtp_{depth}",) for depth in range(further)))
 
 
 def layer_segments(model: nn.Module) -> Mapping[tuple[str, ...], tuple[Segment, ...]]:

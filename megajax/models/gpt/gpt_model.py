@@ -24,6 +24,8 @@ from megajax.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megajax.ops.attach import attach
 from megajax.ops.attention import AttentionMask
 from megajax.ops.cross_entropy import FusedLoss
+from megajax.parallel.one_stage import on_last_stage
+from megajax.parallel.pipeline_pieces import stages_branch
 from megajax.spec import Builder
 from megajax.transformer.block import LayerInputs, StackRows, TransformerBlock
 from megajax.transformer.multi_token_prediction import MultiTokenPredictionLayer, roll_left, rolled_weights
@@ -188,10 +190,29 @@ class GPTModel(nn.Module):
             tokens, position_ids, labels = (roll_left(x, segment_ids) for x in (tokens, position_ids, labels))
             weights = rolled_weights(weights, segment_ids)
             embedded_BSD = self.embedding(tokens, position_ids, deterministic=deterministic)
-            hidden_BSD = layer(hidden_BSD, embedded_BSD, inputs, deterministic=deterministic)
+            hidden_BSD = self._one_deeper(layer, hidden_BSD, embedded_BSD, inputs, deterministic=deterministic)
             losses = language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, cfg)
             total += losses.weighted_sum
         return total * (cfg.mtp_loss_scaling_factor / len(self.mtp))
+
+    def _one_deeper(
+        self,
+        layer: MultiTokenPredictionLayer,
+        hidden_BSD: Array,
+        embedded_BSD: Array,
+        inputs: dict[str, Any],
+        *,
+        deterministic: bool,
+    ) -> Array:
+        """One layer of multi-token prediction; in a pipeline, of which all stages come here, it runs on one of them."""
+        if self.is_initializing() or not stages_branch():
+            return layer(hidden_BSD, embedded_BSD, inputs, deterministic=deterministic)
+        alone, variables = layer.unbind()
+
+        def run(variables: Any, hidden_BSD: Array, embedded_BSD: Array) -> Array:
+            return alone.apply(variables, hidden_BSD, embedded_BSD, inputs, deterministic=deterministic)  # type: ignore[return-value]
+
+        return on_last_stage(run, variables, hidden_BSD, embedded_BSD)
 
     def hidden_states(
         self,
