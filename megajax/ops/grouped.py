@@ -149,19 +149,20 @@ def unpermute(y_RD: Array, placement: Placement) -> Array:
     return _unpermute(y_RD, source // rows_NK.shape[1], rows_NK)
 
 
-def _take(x: Array, index: Array) -> Array:
+def take(x: Array, index: Array) -> Array:
+    """Rows of x; an index outside of it takes zeros."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
 # The two are each other's transpose. Said so, both directions are gathers; autodiff would scatter rows one by one.
 @jax.custom_vjp
 def _permute(x_ND: Array, token_R: Array, rows_NK: Array) -> Array:
-    return _take(x_ND, token_R)
+    return take(x_ND, token_R)
 
 
 @jax.custom_vjp
 def _unpermute(y_RD: Array, token_R: Array, rows_NK: Array) -> Array:
-    return _take(y_RD, rows_NK).sum(1)
+    return take(y_RD, rows_NK).sum(1)
 
 
 _permute.defvjp(
@@ -202,7 +203,7 @@ def grouped_matmul(x: Array, w_EDF: Array, groups: Groups | None, kernel: Groupe
 def grouped_bias(bias_EF: Array, x: Array, groups: Groups | None) -> Array:
     """The bias of each row's expert, to be added to [E, C, F] or [R, F]; zero behind the last group."""
     bias_EF = bias_EF.astype(x.dtype)
-    return bias_EF[:, None] if groups is None else _take(bias_EF, groups.expert_of_row(x.shape[0]))
+    return bias_EF[:, None] if groups is None else take(bias_EF, groups.expert_of_row(x.shape[0]))
 
 
 def _each_block(sizes: Array, block: int, body, init: Array) -> Array:

@@ -19,7 +19,6 @@ device, N tokens or rows gathered from the group, R rows that experts read, D wi
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -151,7 +150,6 @@ class ExpertSteps:
     ) -> "ExpertSteps":
         """Arguments as for `dispatch`; of x and params only shapes and dtypes matter."""
         mesh = jax.sharding.get_abstract_mesh()
-        _check_platform(dispatcher, mesh)
         # Axes of one device need no collective, and XLA would keep their sums.
         token_spec = _several(token_spec, mesh)
         specs = PartitionSpec(ep or None) if param_specs is None else param_specs
@@ -159,6 +157,8 @@ class ExpertSteps:
         axes = Axes(*(_names(_several(PartitionSpec(group), mesh)) for group in (_names(token_spec), ep, etp)))
         manual = {*axes.token, *axes.ep, *axes.etp, *_names_of_tree(specs)}
         widened = bool(manual) and _platform(mesh) == "cpu"
+        if axes.ep:
+            _check_platform(dispatcher, mesh)
         if manual:
             _check(x, token_spec, axes, num_experts, dispatcher, mesh)
         if widened:
@@ -222,17 +222,17 @@ class ExpertSteps:
             return tree
         return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), tree)
 
-    def _work(self, top_k: int, fn: Callable[..., Array] | None = None) -> tuple[Exchange, Work]:
+    def _work(self, top_k: int, params: Any = None) -> tuple[Exchange, Work]:
         dispatcher, limit = self.dispatcher, None
         if dispatcher.capacity_factor is not None:
             limit = capacity(self.tokens, top_k, self.num_experts, dispatcher.capacity_factor)
-        fn = fn or _no_experts
         gathered = self.axes.gathered((*self.axes.ep, *self.axes.etp))
         mesh = jax.sharding.get_abstract_mesh()
         rows = self.tokens * math.prod(mesh.shape[axis] for axis in gathered) * top_k // self.num_experts
         block = block_for(rows, dispatcher.block, dispatcher.most_rows)
-        work = Work(fn, self.num_experts, limit, block, dispatcher.pad_to_capacity, self.axes)
-        return exchange_of(dispatcher.kind, limit), work
+        return exchange_of(dispatcher.kind, limit), Work(
+            self.expert_fn, params, self.num_experts, limit, rows, block, dispatcher.pad_to_capacity, self.axes
+        )
 
     def _send(self, x: Array, expert_ids: Array, probs: Array) -> Sent:
         x_TD, ids_TK, probs_TK = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, probs.astype(jnp.float32)))
@@ -242,16 +242,12 @@ class ExpertSteps:
         return exchange.send(x_TD, ids_TK, probs_TK, work)
 
     def _compute(self, params: Any, sent: Sent, top_k: int) -> Sent:
-        exchange, work = self._work(top_k, functools.partial(self.expert_fn, params))
+        exchange, work = self._work(top_k, params)
         return sent._replace(payload=exchange.compute(sent.payload, work))
 
     def _collect(self, sent: Sent, shape: tuple[int, ...], top_k: int) -> Array:
         exchange, work = self._work(top_k)
         return exchange.collect(sent, work).reshape(shape)
-
-
-def _no_experts(*args: Any) -> Array:
-    raise AssertionError("experts run in `compute` alone")
 
 
 def _several(spec: PartitionSpec, mesh: AbstractMesh) -> PartitionSpec:

@@ -24,6 +24,7 @@ from megajax.ops.grouped import (
     round_up,
     unpermute,
 )
+from megajax.ops.grouped_spans import span_of, through_spans
 
 Array = jax.Array
 MeshAxes = tuple[str, ...]
@@ -65,11 +66,14 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What all dispatchers need to know. limit: rows an expert takes from one device, None all."""
+    """What all dispatchers need to know. fn: of parameters, x, probs and groups. limit: rows an expert takes from one
+    device, None all. average: rows that an expert gets from the whole group, if all get alike."""
 
-    fn: Callable[[Array, Array, Groups | None], Array]
+    fn: Callable[[Any, Array, Array, Groups | None], Array]
+    params: Any
     num_experts: int
     limit: int | None
+    average: int
     block: int
     pad_to_capacity: bool
     axes: Axes
@@ -114,15 +118,20 @@ def _compute(x_ND: Array, ids_NK: Array, probs_NK: Array, work: Work) -> Array:
     experts, block = work.experts, work.block
     # However the router chooses: a token has at most one row with an expert, a group at most block - 1 rows too many.
     longest = x_ND.shape[0] * min(ids_NK.shape[1], experts) + experts * (block - 1)
-    where, groups = place_grouped(ids_NK, experts, round_up(longest, block), block)
-    return unpermute(work.fn(permute(x_ND, where), permute_choices(probs_NK, where), groups), where)
+    span = span_of(work.average, experts, block)
+    if longest < 2 * span:
+        where, groups = place_grouped(ids_NK, experts, round_up(longest, block), block)
+        y_RD = work.fn(work.params, permute(x_ND, where), permute_choices(probs_NK, where), groups)
+        return unpermute(y_RD, where)
+    where, groups = place_grouped(ids_NK, experts, round_up(longest, span), block)
+    return through_spans(work.fn, work.params, x_ND, probs_NK, where, groups, span)
 
 
 def _compute_padded(x_ND: Array, ids_NK: Array, probs_NK: Array, work: Work, rows: int) -> Array:
     """The same with fixed shapes, `rows` rows an expert."""
     where = place(ids_NK, rows * jnp.arange(work.experts), work.experts * rows)
     x_RD, probs_R = permute(x_ND, where), permute_choices(probs_NK, where)
-    y = work.fn(x_RD.reshape(work.experts, rows, -1), probs_R.reshape(work.experts, rows), None)
+    y = work.fn(work.params, x_RD.reshape(work.experts, rows, -1), probs_R.reshape(work.experts, rows), None)
     return unpermute(y.reshape(x_RD.shape), where)
 
 
@@ -202,7 +211,7 @@ def _capacity_send(x_TD: Array, ids_TK: Array, probs_TK: Array, work: Work) -> S
 
 def _capacity_compute(payload: Tree, work: Work) -> Array:
     x, probs = payload
-    return _sum_back(work.fn(x, probs, None), work.axes, work.axes.etp, dim=1)
+    return _sum_back(work.fn(work.params, x, probs, None), work.axes, work.axes.etp, dim=1)
 
 
 def _capacity_collect(sent: Sent, work: Work) -> Array:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from megajax.ops.grouped_spans import SPANS
 from megajax.parallel.aot import GPUS_PER_NODE, Target
 from megajax.parallel.census import Collective, Kind, collective_of, kind_of
 from megajax.parallel.hlo import Instruction, Where, bytes_of, computations_of
@@ -127,7 +128,8 @@ def estimate(
 
     Args:
       shares: how often conditionals in loops take which branch; without it, always the longest.
-      turns: of loops whose number of turns is known at run time only.
+      turns: of loops whose number of turns is known at run time only; but one of those over spans of experts' rows
+        (`megajax.ops.grouped_spans`), which have room for what a router that balances gives.
       blocks_of: how much grouped kernels do; `turns` blocks by default.
       taken: of conditionals by their name (`megajax.parallel.skipped`) how often the longer branch runs, whatever
         `shares` says. The others wait for the device that takes it most.
@@ -212,13 +214,13 @@ class _Program:
                 else:
                     pending[instruction.name] = entry
             elif opcode == "while":
-                trips = instruction.trips or self.turns
-                inside = Where((*where.loops, instruction.trips), where.conditional)
+                trips = 1 if instruction.op_name.endswith(f"{SPANS}/while") else instruction.trips
+                inside = Where((*where.loops, trips), where.conditional)
                 for called in instruction.called:
                     turn = self.run(called, inside)
                     if RERUN in instruction.op_name:  # a body that loops share is named after one of them
                         turn.recomputed = turn.flops
-                    run.add(turn, trips)
+                    run.add(turn, trips or self.turns)
             elif opcode == "conditional":
                 run.add(self._conditional(instruction, where))
             elif opcode == "call":
