@@ -10,7 +10,7 @@ where the n = v m items are ordered in groups of p microbatches, each group once
 upwards, backwards downwards (circular placement, as in Megatron's interleaved schedule, arXiv:2104.04473). What a stage
 sends arrives one tick later, exactly when its neighbour needs it. Warm-up ticks run forwards only, cool-down ticks
 backwards only, so the time is (n + p - 1) (F + B) of a chunk: 1F1B's, with a bubble of (p - 1) / (v m). Only where
-stages have fewer layers than others do they branch, around each layer that they may not have.
+stages have far fewer layers than others do they branch, around each layer that they may not have.
 
 Between forward and backward, what the derivative needs waits in a ring of 2 v p - 1 slots, whatever m is. It is what
 `jax.vjp` keeps, so the recomputation policy of the layers decides its size, and no forward is repeated unless asked.

@@ -67,6 +67,12 @@ def _layers_before(config: Config, segments: tuple[Segment, ...], block: Path) -
     return (count // (stages * chunks),) * (stages * chunks)
 
 
+_WORTH_A_BRANCH = 1 / 16
+"""Padding of more than this share of the rows is not computed. A branch has a price: around the layers of Llama 3.1
+405B on 1,024 H100s, of which 1.6% are padding, it leaves 64% of the bytes of their collectives with work beside them;
+without it all have some."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stages:
     """Where the layers of a model lie; without a pipeline, one stage with all of them in order.
@@ -74,7 +80,7 @@ class Stages:
     Attributes:
       blocks: the blocks of layers that are divided over stages, by their paths, in the order in which they run.
       chunks: of each block, all stages together.
-      skips_padding: where stages have fewer layers than others, they compute nothing instead.
+      skips_padding: where stages have far fewer layers than others, they compute nothing instead.
     """
 
     blocks: dict[Path, Placement]
@@ -120,7 +126,8 @@ class Stages:
             if not stack.has_padding:
                 return rows
             real = jnp.asarray(stack.source != PADDING)
-            return rows._replace(wanted=real) if self.skips_padding else rows._replace(masked=real)
+            branches = self.skips_padding and stack.padding > _WORTH_A_BRANCH
+            return rows._replace(wanted=real) if branches else rows._replace(masked=real)
 
         return tuple({name: of_stack(stack) for name, stack in block.items()} for block in self.blocks.values())
 

@@ -29,9 +29,14 @@ class StackPlacement:
         return bool(np.array_equal(self.source, np.arange(len(self.source))))
 
     @property
+    def padding(self) -> float:
+        """The share of rows that are none, since some stages hold fewer layers than others."""
+        return float((self.source == PADDING).mean())
+
+    @property
     def has_padding(self) -> bool:
-        """Whether some stages hold fewer layers than others."""
-        return bool((self.source == PADDING).any())
+        """Whether there is any."""
+        return self.padding > 0
 
     def destination(self) -> np.ndarray:
         """int [L]: the row where each layer of the stack lies."""
@@ -48,7 +53,7 @@ def place_layers(segments: Sequence[Segment], layers: Sequence[int], *, stages: 
     """Divides the layers of a model over pipeline stages.
 
     A stack gets as many rows on every stage as the fullest one needs; the rest is padding, which costs memory, and time
-    as well where stages do not branch (`ParallelConfig.stages_branch`).
+    as well where stages do not branch around it (`megajax.training.stages.Stages.rows`).
 
     Args:
       segments: how the layers are stacked.
