@@ -203,7 +203,9 @@ def choose_attention(use: AttentionUse, gpu: Capability | None, wanted: str, *, 
       ConfigError: none of the wanted kernels can do it.
     """
     if use.cached:
-        return Choice("attention to a cache", "plain", "no flash kernel knows where in a cache a query stands")
+        return Choice(
+            "attention to a cache", "plain", "flash kernels are used for whole sequences, not for what follows a cache"
+        )
     reasons = {kernel: refusal(kernel, use, gpu) for kernel in WANTED[wanted]}
     return _first("attention", reasons, "plain", f"attention_backend={wanted!r}", strict)
 

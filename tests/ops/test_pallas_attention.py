@@ -12,7 +12,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from megajax.ops.attention import AttentionMask, DropoutRecord, dot_product_attention
-from megajax.ops.block_reach import reach, segment_ids, visible_blocks
+from megajax.ops.block_reach import pairs_of, reach, segment_ids, visible_blocks
 from megajax.ops.flash_attention import FlashKernel, flash_attention
 from megajax.ops.flash_kernels import _threefry2x32, _times
 
@@ -190,4 +190,6 @@ def test_work_is_that_of_what_is_visible() -> None:
     assert visited(AttentionMask(causal=True, window=(8, 0))) == 1 + 7 * 2
     assert visited(AttentionMask(False, None, documents, documents)) == 4 * 2 * 2
     assert visited(AttentionMask(True, None, documents, documents)) == 4 * 3
+    assert pairs_of(AttentionMask(causal=True), (64, 64), (8, 8)) == 64 * visited(AttentionMask(causal=True))
+    assert pairs_of(AttentionMask(causal=True, offset=jnp.int32(3)), (64, 64), (8, 8)) == 64 * 64 // 2
     assert visited(AttentionMask(keep=(jnp.arange(64) < 20)[None, None, None])) == 8 * 3

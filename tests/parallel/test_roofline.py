@@ -149,6 +149,15 @@ def test_a_grouped_kernel_does_what_it_says_of_as_many_rows_as_there_are():
         assert found.kernels == {"Pallas: grouped_matmul": 1}
 
 
+def test_a_kernel_of_attention_does_what_it_says():
+    said = 'frontend_attributes={flops="8000",flops_again="2000"}'
+    name = 'metadata={op_name="jit(step)/transpose"}, backend_config={ir = "", name = "attention_backward_q"}'
+    call = f'custom-call(%p), custom_call_target="triton_kernel_call_ffi", {said}, {name}'
+    found = estimate(program(f"ROOT %r = f32[1024,1024]{{1,0}} {call}"), mesh(), GPU)
+    assert (found.flops, found.recomputed) == (8000, 2000)
+    assert found.kernels == {"Pallas: attention_backward_q": 1}
+
+
 def test_a_loop_that_runs_again_is_recomputed_whatever_its_body_is_called():
     text = looped("%idle", "%busy").replace("rematted_computation", "forward")
     again = text.replace("body=%body,", 'body=%body, metadata={op_name="transpose/rematted_computation/while"},')
