@@ -29,9 +29,9 @@ DEFAULT = Config(
     model_family="retro",
     model=RetroConfig(
         num_layers=6,
-        hidden_size=128,
-        num_attention_heads=4,
-        ffn_hidden_size=384,
+        hidden_size=64,
+        num_attention_heads=2,
+        ffn_hidden_size=192,
         make_vocab_size_divisible_by=128,
         position_embedding_type="rope",
         normalization="RMSNorm",
@@ -41,7 +41,9 @@ DEFAULT = Config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        retro_chunk_length=16,
+        init_method_std=0.04,
+        retro_num_neighbors=1,
+        retro_encoder_num_layers=1,
         retro_encoder_rotary=True,
         retro_encoder_hidden_dropout=0.0,
         retro_encoder_attention_dropout=0.0,
@@ -50,15 +52,15 @@ DEFAULT = Config(
     optimizer=OptimizerConfig(
         optimizer="muon",
         muon_use_nesterov=True,
-        lr=8e-3,
-        min_lr=8e-4,
+        lr=1.5e-2,
+        min_lr=1e-3,
         lr_decay_style="cosine",
         lr_warmup_fraction=0.05,
         adam_beta2=0.95,
         weight_decay=0.1,
     ),
-    data=DataConfig(seq_length=128),
-    train=TrainConfig(train_iters=500, micro_batch_size=8),
+    data=DataConfig(seq_length=256),
+    train=TrainConfig(train_iters=1300, micro_batch_size=4),
 )
 _HELD_OUT = 256
 """Samples that the epilogue looks at."""
