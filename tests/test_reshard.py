@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -241,9 +242,10 @@ def test_progress(capsys, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_half_way_there_is_no_target(number, large, tmp_path, program_env, said):
-    process = subprocess.Popen(
-        command(str(large), str(tmp_path / "copy"), "--tp", "2"), env=program_env, stderr=subprocess.PIPE, text=True
-    )
+    words = command(str(large), str(tmp_path / "copy"), "--tp", "2")
+    # A suite that a shell runs in the background has SIGINT ignored, and its children would inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, env=program_env, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".copy.*.tmp/step_00000001/d/*")):
