@@ -108,10 +108,15 @@ def gathered(weight: Array, *axes: str) -> Array:
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
     if math.prod(mesh.shape.get(axis, 1) for axis in rules.get("embed") or ()) == 1:
-        # A stage that branches has to sum its gradients as they are: to divide them, XLA would permute.
-        return constrain_gradient(weight, *axes) if rules.get("stage") else weight
+        return summed_as_it_lies(weight, *axes)
     whole = spec_of(tuple(None if axis == "embed" else axis for axis in axes), rules)
     return _laid_out(weight, whole, spec_of(axes, rules))
+
+
+def summed_as_it_lies(weight: Array, *axes: str) -> Array:
+    """A weight with these logical axes, whose gradient a stage that branches sums as it is: to divide it, XLA would
+    permute, to which all stages would have to come."""
+    return constrain_gradient(weight, *axes) if dict(nn.get_logical_axis_rules()).get("stage") else weight
 
 
 def constrain_gradient(x: Array, *axes: str | None) -> Array:

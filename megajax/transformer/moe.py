@@ -21,7 +21,7 @@ from megajax.ops.grouped import LOOP, GroupedKernel, Groups, expert_counts, grou
 from megajax.ops.router import Routing, load_balancing_loss, route, sinkhorn_route, z_loss
 from megajax.parallel.expert import Dispatcher, ExpertSteps, dispatch
 from megajax.parallel.expert_exchange import Sent
-from megajax.parallel.sharding import constrain
+from megajax.parallel.sharding import constrain, summed_as_it_lies
 from megajax.spec import Builder
 from megajax.transformer.linear import init_std, normal_init, output_init_std, zeros_init
 
@@ -75,7 +75,7 @@ class Router(nn.Module):
             low, high = 1 - cfg.moe_input_jitter_eps, 1 + cfg.moe_input_jitter_eps
             x_BSD *= jax.random.uniform(self.make_rng("dropout"), x_BSD.shape, minval=low, maxval=high)
         kernel: Any = self.param("kernel", normal_init(init_std(cfg), ("embed", "whole")), (x_BSD.shape[-1], E))
-        logits_BSE = x_BSD @ kernel.astype(jnp.float32)
+        logits_BSE = x_BSD @ summed_as_it_lies(kernel.astype(jnp.float32), "embed", "whole")
         if cfg.add_bias_linear:
             bias: Any = self.param("bias", zeros_init(("whole",)), (E,))
             logits_BSE += bias.astype(jnp.float32)
