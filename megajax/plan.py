@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -42,6 +43,10 @@ def main(argv: list[str]) -> None:
             )
         plan_schedule(options)
     else:
+        # Among the trainer's flags, the word would be taken for the value of one of those.
+        for flag, word in itertools.pairwise(argv):
+            if flag in ("--json", "--search") and not word.startswith("-"):
+                raise ConfigError(f"{flag} {word} is not valid: {flag} takes no value; drop {word}")
         plan_training(*_step_parser().parse_known_args(argv))
 
 

@@ -157,6 +157,7 @@ STEP = ["--num-devices", "8"]
     ("argv", "words"),
     [
         (["--mesh", "tp=8"], "--num-devices is missing"),
+        (["--bf16", "--json", "plan.json"], "--json plan.json is not valid: --json takes no value; drop plan.json"),
         ([*STEP, "--target", "h900"], "target='h900' is not known; choose from h100"),
         (["--num-devices", "12"], "12 GPUs are no whole number of nodes of 8"),
         ([*STEP, "--mesh", "tp=3"], "tensor_model_parallel_size=3"),

@@ -16,6 +16,9 @@ from megajax.parallel.skipped import run_if
 Array = jax.Array
 Tree = Any
 
+ON_LAST_STAGE = "on_last_stage"
+"""Name of the branch, in the names of its operations."""
+
 
 def on_last_stage(function: Callable[..., Tree], params: Tree, *args: Tree) -> Tree:
     """`function(params, *args)` in a pipeline, computed by the last stage alone, which tells the others.
@@ -31,10 +34,6 @@ def on_last_stage(function: Callable[..., Tree], params: Tree, *args: Tree) -> T
     here = jax.lax.axis_index(PP) == last
     y = run_if(here, function, params, *args, otherwise=zeros, name=ON_LAST_STAGE)
     return jax.tree.map(partial(_from_stage, stage=last), y)
-
-
-ON_LAST_STAGE = "on_last_stage"
-"""Name of the branch, in the names of its operations."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

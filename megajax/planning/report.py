@@ -209,7 +209,7 @@ def _keeps_no_scores(kernels: Iterable[str]) -> bool:
 
 
 _BLOCK = 128
-"""Rows that experts read at a time, at least (`megajax.transformer.moe`)."""
+"""Rows that experts read at a time, at least, where each gets as many (`megajax.transformer.moe`)."""
 
 
 def _blocks_of_rows(config: Config, block: int | None) -> int:
