@@ -18,7 +18,7 @@ TESTS = ("training/test_layouts", "models/mamba/test_mamba_layouts", "models/tes
 """Files whose `CASES` are pairs (model, layout), or whose `LAYOUTS` name their model."""
 
 NO_EXPERTS, SHORT, NOT_THERE = "no experts", "short sequences", "nor in Megatron"
-SMALL, WHOLE, BIASED, SHARED = "small towers", "whole images", "relative bias", "shared weights"
+SMALL, WHOLE, BIASED = "small towers", "whole images", "relative bias"
 ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "GPT, dense": (("tied", "untied"), {"EP": NO_EXPERTS}),
     "GPT with MoE": (("experts",), {}),
@@ -27,7 +27,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "T5": (("t5", "t5_untied"), {"CP": BIASED, "EP": NO_EXPERTS}),
     "Mamba and hybrids": (("hybrid", "one_group"), {"EP": NO_EXPERTS}),
     "Hybrids with MoE": (("hybrid_experts",), {}),
-    "Hybrids with shared blocks": (("shared_blocks",), {"PP": SHARED, "EP": NO_EXPERTS}),
+    "Hybrids with shared blocks": (("shared_block", "shared_blocks"), {"EP": NO_EXPERTS}),
     "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
     "RADIO": (("radio",), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
     "LLaVA": (("llava", "llava_experts"), {"CP": WHOLE}),

@@ -41,9 +41,9 @@ class Pieces(NamedTuple):
     embed: (shared parameters, microbatch, key) -> x, what goes from stage to stage: an array [B, S, D], or a tree of
     such. blocks: the blocks of layers that it passes, one after the other. loss: (shared parameters, y, microbatch,
     weights) -> loss. Embed and loss are called on all stages alike and return the same on each. read_by: for each
-    block, the small parameters outside of it that its layers read, or modules of such. apart: shared parameters, or
-    modules of such, whose gradient each stage gives a part of (see `one_stage`), and not each the whole, where
-    `stages_branch`.
+    block, the parameters outside of it that its layers read, or modules of such: a copy for each chunk. apart: shared
+    parameters, or modules of such, whose gradient each stage gives a part of (see `one_stage`), and not each the whole,
+    where `stages_branch`.
     """
 
     embed: Callable[[Tree, Batch, Array | None], Tree]

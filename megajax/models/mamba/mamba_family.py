@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megajax.data.tokenizers import Tokenizer
     from megajax.interop.hf_architecture import Architecture
     from megajax.models.family import MegatronWeights
+    from megajax.parallel.pipeline_pieces import Pieces
 
 DEFAULT = Config(
     model_family="mamba",
@@ -75,16 +76,19 @@ def check(model: MambaConfig, parallel: ParallelConfig) -> None:
     """Raises ConfigError for layers that the config does not describe, and for heads that the mesh cannot divide."""
     tp = parallel.tensor_model_parallel_size
     model.require_experts_and_their_layers()
-    if SHARED in model.layer_pattern and parallel.pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} is not possible with layers S in"
-            " hybrid_override_pattern, whose shared block would have to lie on every stage; set it to 1"
-        )
     if {MAMBA, SHARED} & set(model.layer_pattern) and (model.mamba_num_heads or 0) % tp:
         raise ConfigError(
             f"mamba_num_heads={model.mamba_num_heads} is not divisible by tensor_model_parallel_size={tp}; change one"
             " of them"
         )
+
+
+def pipeline_pieces(model: nn.Module) -> Pieces:
+    """As GPT's; the blocks that layers share lie on every stage, beside its layers."""
+    from megajax.models.mamba.mamba_model import MambaModel
+
+    assert isinstance(model, MambaModel)
+    return gpt_family.pipeline_pieces(model)._replace(read_by=(tuple((name,) for name in model.shared_blocks),))
 
 
 def flops(config: MambaConfig, *, batch_size: int, seq_length: int) -> int:
@@ -155,7 +159,7 @@ HYBRIDS = Family(
     fit=fit,
     flops=flops,
     loss_by_samples=True,
-    pipeline_pieces=gpt_family.pipeline_pieces,
+    pipeline_pieces=pipeline_pieces,
     layer_segments=gpt_family.layer_segments,
     hf=hf,
     megatron=megatron,

@@ -31,6 +31,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "shared_attention_adapter": True,
         "init_method_std": 0.1,  # there is no residual around a shared block, so larger ones amplify rounding
     },
+    "shared_block": {
+        "hybrid_override_pattern": "MSMSMSMS",
+        "mamba_num_groups": 2,
+        "gated_linear_unit": True,
+        "shared_adapter_rank": 8,
+        "position_embedding_type": "rope",
+        "init_method_std": 0.1,
+    },
     "hybrid_experts": {
         "hybrid_override_pattern": "MEM*",
         "mamba_num_groups": 4,
@@ -55,7 +63,10 @@ class Layout:
     sizes: tuple[int, int] | None = None
     ep: int = 1
     zero: int = 1
+    vpp: int = 1
+    schedule: str = "1f1b"
     engine: str | None = None
+    layers: int = 4
     mbs: int = 1
 
     def __str__(self) -> str:
@@ -76,6 +87,10 @@ SLOW = [
     Layout("hybrid_experts", ep=2, zero=2),
     Layout("shared_blocks", devices=2),
     Layout("shared_blocks", devices=2, zero=2),
+    Layout("shared_blocks", devices=2, pp=2, mbs=2),
+    Layout("shared_block", devices=2, pp=2, vpp=2, layers=8, engine="table", mbs=2),
+    Layout("shared_block", devices=4, pp=4, layers=8, schedule="zb-h1"),
+    Layout("shared_blocks", pp=2, cp=2, zero=2, mbs=2),
 ]
 LAYOUTS = [
     *SLOW,
@@ -95,6 +110,8 @@ LAYOUTS = [
     Layout("one_group", devices=4, pp=4, mbs=2, engine="table"),
     Layout("hybrid_experts", ep=2, tp=2, sp=True, zero=3),
     Layout("shared_blocks", cp=2, tp=2, sp=True, zero=3),
+    Layout("shared_blocks", pp=2, tp=2, sp=True, zero=3, mbs=2),  # whose stages have other layers and branch
+    Layout("shared_block", devices=4, pp=2, vpp=2, layers=8),
 ]
 
 
@@ -103,7 +120,7 @@ def config_of(layout: Layout) -> Config:
     return Config(
         model_family="mamba",
         model=MambaConfig(
-            num_layers=4,
+            num_layers=layout.layers,
             hidden_size=32,
             num_attention_heads=4,
             ffn_hidden_size=48,
@@ -120,6 +137,8 @@ def config_of(layout: Layout) -> Config:
             tensor_model_parallel_size=layout.tp,
             sequence_parallel=layout.sp,
             pipeline_model_parallel_size=layout.pp,
+            num_virtual_stages_per_pipeline_rank=layout.vpp,
+            pipeline_schedule=layout.schedule,  # type: ignore[arg-type]
             pipeline_engine=layout.engine,  # type: ignore[arg-type]
             context_parallel_size=layout.cp,
             cp_comm_type=layout.comm,  # type: ignore[arg-type]
@@ -167,8 +186,8 @@ def train(layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 @functools.cache
-def one_device(model: str, mbs: int) -> Any:
-    return train(Layout(model, devices=1, mbs=mbs))
+def one_device(model: str, layers: int, mbs: int) -> Any:
+    return train(Layout(model, devices=1, layers=layers, mbs=mbs))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +195,7 @@ def one_device(model: str, mbs: int) -> Any:
 )
 def test_equals_one_device(layout):
     # The losses of a router belong to a microbatch as a whole, so there the rows of each have to be the same.
-    wanted = one_device(layout.model, layout.mbs * layout.dp if layout.model == "hybrid_experts" else 2)
+    wanted = one_device(layout.model, layout.layers, layout.mbs * layout.dp if layout.model == "hybrid_experts" else 2)
     found = train(layout)
     np.testing.assert_allclose(found[0], wanted[0], rtol=3e-5)
     assert found[1].keys() == wanted[1].keys()
