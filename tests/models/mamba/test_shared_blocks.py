@@ -13,6 +13,7 @@ from megajax.config import ConfigError
 from megajax.inference.generate import init_cache
 from megajax.interop import megatron
 from megajax.interop.pretrained import Pretrained
+from megajax.models.mamba import mamba_family
 from megajax.models.mamba.mamba_model import MambaModel
 from megajax.ssm.mamba_config import MambaConfig
 
