@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.config import ConfigError
+from megajax.parallel.sharding import is_box
 
 Array = jax.Array
 
@@ -54,11 +55,48 @@ def sample_token(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-def init_cache(model: nn.Module, *, batch: int, length: int) -> Any:
-    """Empty keys and values for `length` positions of every layer."""
+def boxed_cache(model: nn.Module, *, batch: int, length: int) -> Any:
+    """Shapes of what every layer keeps of `length` positions, in boxes that hold their logical axes as well."""
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    shapes = jax.eval_shape(partial(model.init, cache_position=0), jax.random.key(0), tokens)["cache"]
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.eval_shape(partial(model.init, cache_position=0), jax.random.key(0), tokens)["cache"]
+
+
+def init_cache(model: nn.Module, *, batch: int, length: int) -> Any:
+    """Empty keys and values, or states, for `length` positions of every layer."""
+    shapes = boxed_cache(model, batch=batch, length=length)
+    return jax.tree.map(lambda box: jnp.zeros(box.value.shape, box.value.dtype), shapes, is_leaf=is_box)
+
+
+class Decoding(NamedTuple):
+    """Texts on their way: the cache, the last token of each, int32 [B], which is not in it yet, and its index."""
+
+    cache: Any
+    token: Array
+    position: Array
+
+
+def prefill(model: nn.Module, params: Any, cache: Any, prompt_BP: Array, key: Array, sampling: Sampling) -> Decoding:
+    """Reads the prompts, int [B, P], into an empty cache and chooses the token after each."""
+    logits_BV, cache = _forward(model, params, cache, prompt_BP, 0)
+    return Decoding(cache, sample_token(logits_BV, key, sampling), jnp.int32(prompt_BP.shape[1]))
+
+
+def decode(model: nn.Module, params: Any, state: Decoding, key: Array, sampling: Sampling) -> Decoding:
+    """One token more."""
+    logits_BV, cache = _forward(model, params, state.cache, state.token[:, None], state.position)
+    return Decoding(cache, sample_token(logits_BV, key, sampling), state.position + 1)
+
+
+def _forward(model: nn.Module, params: Any, cache: Any, tokens_BS: Array, position: Array | int) -> tuple[Array, Any]:
+    """(logits after the last token [B, V], cache)."""
+    logits_B1V, updated = model.apply(
+        {"params": params, "cache": cache},
+        tokens_BS,
+        cache_position=position,
+        materialize_only_last_token_logits=True,
+        mutable=["cache"],
+    )
+    return logits_B1V[:, -1], updated["cache"]
 
 
 def generate(
@@ -73,7 +111,7 @@ def generate(
     """Continues each prompt by `num_tokens` tokens.
 
     Args:
-      model: called as `GPTModel` is, with `cache_position` and a "cache" collection.
+      model: called as `GPTModel` is, with `cache_position`, `materialize_only_last_token_logits` and a "cache".
       prompt_BP: int [B, P], P at least 1.
       key: needed unless sampling.temperature is 0.
 
@@ -95,19 +133,10 @@ def generate(
 def _generate(
     model: nn.Module, params: Any, cache: Any, prompt_BP: Array, key: Array, num_tokens: int, sampling: Sampling
 ) -> Array:
-    def forward(cache: Any, tokens: Array, position: Array | int) -> tuple[Array, Any]:
-        variables = {"params": params, "cache": cache}
-        logits, updated = model.apply(variables, tokens, cache_position=position, mutable=["cache"])
-        return logits[:, -1], updated["cache"]
+    def one(state: Decoding, index: Array) -> tuple[Decoding, Array]:
+        state = decode(model, params, state, jax.random.fold_in(key, index), sampling)
+        return state, state.token
 
-    def one(carry: tuple[Any, Array, Array], index: Array) -> tuple[tuple[Any, Array, Array], Array]:
-        cache, token, position = carry
-        logits, cache = forward(cache, token[:, None], position)
-        token = sample_token(logits, jax.random.fold_in(key, index), sampling)
-        return (cache, token, position + 1), token
-
-    P = prompt_BP.shape[1]
-    logits, cache = forward(cache, prompt_BP, 0)
-    first = sample_token(logits, jax.random.fold_in(key, 0), sampling)
-    _, rest = jax.lax.scan(one, (cache, first, jnp.int32(P)), jnp.arange(1, num_tokens))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    state = prefill(model, params, cache, prompt_BP, jax.random.fold_in(key, 0), sampling)
+    _, rest = jax.lax.scan(one, state, jnp.arange(1, num_tokens))
+    return jnp.concatenate([state.token[:, None], rest.T], axis=1)

@@ -45,6 +45,13 @@ class AttentionMask:
         """The offset as a number."""
         return 0 if self.offset is None else self.offset
 
+    def without_cache(self) -> "AttentionMask | None":
+        """The mask among the queries' own keys, where it is known before the program runs that no others are to be
+        seen: then a cache need not be read, and flash kernels can do it. None where it is not.
+        """
+        first = isinstance(self.offset, int) and self.offset == 0 and self.causal
+        return dataclasses.replace(self, offset=None) if first and self.keep is None else None
+
     def dense(self, S: int, T: int) -> Array | None:
         """The same as bool, broadcastable to [B, 1, S, T], True = attend; None when everything is visible."""
         return self.between(jnp.arange(S) + self.start, jnp.arange(T))

@@ -19,6 +19,7 @@ from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.spec import Builder
 from megajax.ssm.mamba_config import MambaConfig
 from megajax.ssm.state_space import StateSpace
+from megajax.transformer.cache import empty, is_cache, read, write
 
 Array = jax.Array
 
@@ -123,16 +124,27 @@ class MambaMixer(nn.Module):
     def _decode(self, parts: Projected, dynamics: Dynamics, sizes: Sizes, mask: AttentionMask) -> Array:
         cfg, (B, _, H) = self.config, parts.dt.shape
 
-        def empty() -> MambaCache:
+        def nothing() -> MambaCache:
             back, dtype = cfg.mamba_d_conv - 1, parts.x.dtype
-            window = Window(*(jnp.zeros((B, back, part.shape[-1]), dtype) for part in parts[:3]))
-            return MambaCache(window, jnp.zeros((B, H, cfg.mamba_head_dim, cfg.mamba_state_dim), jnp.float32))
+            axes = ("act_ssm_heads", "act_ssm_groups", "act_ssm_groups")
+            window = Window(
+                *(
+                    empty((B, back, x.shape[-1]), dtype, "batch", None, axis)
+                    for x, axis in zip(parts, axes, strict=False)
+                )
+            )
+            state = (B, H, cfg.mamba_head_dim, cfg.mamba_state_dim)
+            return MambaCache(window, empty(state, jnp.float32, "batch", "act_ssm_heads", None, None))
 
-        cache = self.variable("cache", "mamba", empty)
-        before: MambaCache = jax.tree.map(lambda a: jnp.where(mask.start == 0, 0, a).astype(a.dtype), cache.value)
+        cache = self.variable("cache", "mamba", nothing)
+        kept = jax.tree.map(read, cache.value, is_leaf=is_cache)
+        before: MambaCache = jax.tree.map(lambda a: jnp.where(mask.start == 0, 0, a).astype(a.dtype), kept)
         mixed = mix(parts, dynamics, sizes, window=before.window, state=before.state)
         if not self.is_initializing():
-            cache.value = MambaCache(mixed.window, mixed.state)
+            now = MambaCache(mixed.window, mixed.state)
+            cache.value = jax.tree.map(
+                lambda old, new: write(old, new, (0,) * new.ndim), cache.value, now, is_leaf=is_cache
+            )
         return mixed.y
 
     def _gate_and_norm(self, y_BSE: Array, z_BSE: Array) -> Array:

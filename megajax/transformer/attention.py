@@ -18,6 +18,7 @@ from megajax.ops.rope import Rotary, apply_rotary
 from megajax.parallel.context import context_parallel_attention
 from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.spec import Builder
+from megajax.transformer.cache import Cache, empty, read, write
 from megajax.transformer.linear import init_std, normal_init
 from megajax.transformer.recompute import recomputed
 
@@ -101,8 +102,8 @@ class SelfAttentionSubmodules:
 class KVCache(NamedTuple):
     """Keys and values of the positions seen so far: [B, T, G, K] each, T the longest sequence there can be."""
 
-    key: Array
-    value: Array
+    key: Cache
+    value: Cache
 
 
 class SelfAttention(nn.Module):
@@ -139,7 +140,7 @@ class SelfAttention(nn.Module):
         if rotary is not None and cfg.no_rope_freq is None:
             q_BSNK, k_BSGK = apply_rotary(q_BSNK, rotary), apply_rotary(k_BSGK, rotary)
         if decode:
-            k_BSGK, v_BSGK = self._cached(k_BSGK, v_BSGK, mask.start)
+            k_BSGK, v_BSGK, mask = self._cached(k_BSGK, v_BSGK, mask)
         core = sub.core_attention(config=cfg, name="core_attention")
         mask = dataclasses.replace(mask, window=cfg.window_size)
         y_BSNK = recomputed(core, "core_attn", cfg)(q_BSNK, k_BSGK, v_BSGK, mask=mask, deterministic=deterministic)
@@ -165,14 +166,19 @@ class SelfAttention(nn.Module):
 
         return constrain(project(x_TD).reshape(*shape, heads, cfg.kv_channels), "batch", "seq", f"act_{axis}", None)
 
-    def _cached(self, k_BSGK: Array, v_BSGK: Array, offset: Array | int) -> tuple[Array, Array]:
-        cache = self.variable("cache", "kv", lambda: KVCache(jnp.zeros_like(k_BSGK), jnp.zeros_like(v_BSGK)))
+    def _cached(self, k_BSGK: Array, v_BSGK: Array, mask: AttentionMask) -> tuple[Array, Array, AttentionMask]:
+        """Keys and values to attend to, and the mask of these."""
+        axes = ("batch", None, "act_kv_heads", None)
+        cache = self.variable(
+            "cache", "kv", lambda: KVCache(*(empty(x.shape, x.dtype, *axes) for x in (k_BSGK, v_BSGK)))
+        )
         if not self.is_initializing():
-            start = (0, offset, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache.value.key, k_BSGK, start)
-            value = jax.lax.dynamic_update_slice(cache.value.value, v_BSGK, start)
-            cache.value = KVCache(key, value)
-        return cache.value.key, cache.value.value
+            start = (0, mask.start, 0, 0)
+            cache.value = KVCache(write(cache.value.key, k_BSGK, start), write(cache.value.value, v_BSGK, start))
+        alone = mask.without_cache()
+        if alone is not None:
+            return k_BSGK, v_BSGK, alone
+        return read(cache.value.key), read(cache.value.value), mask
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)

@@ -16,6 +16,7 @@ from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import is_box
 from megajax.parallel.skipped import run_if
 from megajax.spec import Builder
+from megajax.transformer.cache import CacheRow, is_cache
 from megajax.transformer.layer import WithContext
 from megajax.transformer.stack import Segment, Stack, fold_layers
 
@@ -235,6 +236,8 @@ def _run_segment(
 
     rows = tuple(run.rows[stack.name] if run.rows else StackRows(_layer_indices(stack)) for stack in segment.stacks)
     xs, width = (variables, rows), len(segment.stacks)
+    if run.decode:
+        return _scan_in_place(step, x_BSD, variables, rows)
     if config.recompute_granularity != "full":
         return jax.lax.scan(step, x_BSD, xs)
     asked = config.recompute_num_layers or 1
@@ -247,6 +250,26 @@ def _run_segment(
     before = 0 if run.rows else segment.stacks[0].first
     first = -(-max(0, asked - before) // width)
     return _scan_parts(x_BSD, xs, [(again, first), (step, segment.repeats)])
+
+
+def _scan_in_place(step: Step, x_BSD: Array, variables: Tree, rows: Tree) -> tuple[Array, Tree]:
+    """Scans with the caches carried along, each layer writing to its own row. As inputs and outputs of the scan they
+    would be two arrays, one copied to the other for each token.
+    """
+    params = tuple({"params": layer["params"]} for layer in variables)
+    caches = tuple(layer["cache"] for layer in variables)
+
+    def in_place(carry: tuple[Array, Tree], period: Tree) -> tuple[tuple[Array, Tree], Tree]:
+        (x_BSD, caches), (period_params, period_rows, index) = carry, period
+        here = jax.tree.map(lambda stack: CacheRow(stack, index), caches)
+        layers = tuple(p | {"cache": c} for p, c in zip(period_params, here, strict=True))
+        x_BSD, (written, outputs, contexts) = step(x_BSD, (layers, period_rows))
+        caches = jax.tree.map(lambda row: row.stack, written, is_leaf=is_cache)
+        return (x_BSD, caches), (outputs, contexts)
+
+    periods = jnp.arange(len(rows[0].index))
+    (x_BSD, caches), (outputs, contexts) = jax.lax.scan(in_place, (x_BSD, caches), (params, rows, periods))
+    return x_BSD, (caches, outputs, contexts)
 
 
 def rows_of(stack: str) -> str:

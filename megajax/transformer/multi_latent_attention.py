@@ -16,6 +16,7 @@ from megajax.ops.attention import AttentionMask
 from megajax.ops.rope import Rotary, apply_rotary, yarn_mscale
 from megajax.parallel.sharding import constrain
 from megajax.spec import Builder
+from megajax.transformer.cache import Cache, empty, read, write
 from megajax.transformer.recompute import recomputed
 
 Array = jax.Array
@@ -39,8 +40,8 @@ class MLASelfAttentionSubmodules:
 class LatentCache(NamedTuple):
     """What the positions seen so far leave behind: latent [B, T, C] and rotated key [B, T, P]."""
 
-    latent: Array
-    key: Array
+    latent: Cache
+    key: Cache
 
 
 class MultiLatentAttention(nn.Module):
@@ -74,7 +75,7 @@ class MultiLatentAttention(nn.Module):
         key_BTP = self._rotated(key_BTP[:, :, None], rotary)[:, :, 0]
         latent_BTC = self._norm(sub.kv_layernorm, "kv_layernorm", latent_BTC)
         if decode:
-            latent_BTC, key_BTP = self._cached(latent_BTC, key_BTP, mask.start)
+            latent_BTC, key_BTP, mask = self._cached(latent_BTC, key_BTP, mask)
         up_BTE = self._up(sub.linear_kv_up_proj, "linear_kv_up_proj", N * (H + V), latent_BTC)
         k_BTNH, v_BTNV = jnp.split(_heads(up_BTE, N), [H], axis=-1)
         shared_BTNP = jnp.broadcast_to(key_BTP[:, :, None], (*k_BTNH.shape[:3], P))
@@ -135,15 +136,19 @@ class MultiLatentAttention(nn.Module):
         latent_BSC = self._norm(sub.q_layernorm, "q_layernorm", latent_BSC)
         return _heads(self._up(sub.linear_q_up_proj, "linear_q_up_proj", features, latent_BSC), N)
 
-    def _cached(self, latent: Array, key: Array, offset: Array | int) -> tuple[Array, Array]:
-        cache = self.variable("cache", "latent", lambda: LatentCache(jnp.zeros_like(latent), jnp.zeros_like(key)))
+    def _cached(self, latent: Array, key: Array, mask: AttentionMask) -> tuple[Array, Array, AttentionMask]:
+        """Latents and rotated keys to attend to, and the mask of these."""
+        axes = ("batch", None, None)
+        cache = self.variable(
+            "cache", "latent", lambda: LatentCache(*(empty(x.shape, x.dtype, *axes) for x in (latent, key)))
+        )
         if not self.is_initializing():
-            start = (0, offset, 0)
-            cache.value = LatentCache(
-                jax.lax.dynamic_update_slice(cache.value.latent, latent, start),
-                jax.lax.dynamic_update_slice(cache.value.key, key, start),
-            )
-        return cache.value.latent, cache.value.key
+            start = (0, mask.start, 0)
+            cache.value = LatentCache(write(cache.value.latent, latent, start), write(cache.value.key, key, start))
+        alone = mask.without_cache()
+        if alone is not None:
+            return latent, key, alone
+        return read(cache.value.latent), read(cache.value.key), mask
 
 
 def _heads(x_BSE: Array, heads: int) -> Array:

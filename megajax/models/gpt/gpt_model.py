@@ -104,6 +104,7 @@ class GPTModel(nn.Module):
         labels: Array | None = None,
         loss_mask: Array | None = None,
         cache_position: Array | int | None = None,
+        materialize_only_last_token_logits: bool = False,
         deterministic: bool = True,
     ) -> Array:
         """Logits fp32 [B, S, V]; with labels the loss of each token instead, fp32 [B, S], unreduced as in Megatron.
@@ -122,6 +123,7 @@ class GPTModel(nn.Module):
           loss_mask: fp32 [B, S], which tokens count in the losses of multi-token prediction; default: all.
           cache_position: index of tokens[:, 0] in a "cache" collection, which then supplies the earlier keys and
             values; see `megajax.inference`.
+          materialize_only_last_token_logits: logits [B, 1, V], all that a prompt's continuation needs.
           deterministic: False draws dropout from the "dropout" rng.
         """
         hidden_BSD = self.hidden_states(
@@ -134,6 +136,8 @@ class GPTModel(nn.Module):
             deterministic=deterministic,
         )
         cfg = self.resolved_config
+        if materialize_only_last_token_logits:
+            hidden_BSD = hidden_BSD[:, -1:]
         logits = language_model_logits(hidden_BSD, self.output_weight(), cfg)
         if labels is None and not (self.is_initializing() and cfg.mtp_num_layers):
             return logits
