@@ -9,10 +9,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megajax import cli
-from megajax.config import ConfigError
+from megajax.config import Config, ConfigError
 from megajax.config_checks import require
 from megajax.data.files import clear_errors, publish, temporary_beside
 from megajax.parallel import pipeline_layout, schedule_plot
@@ -22,11 +22,15 @@ from megajax.parallel.schedule_ticks import plan_ticks
 from megajax.parallel.schedules import SCHEDULES, Costs, Schedule, label, make_schedule
 from megajax.status_line import StatusLine
 
+if TYPE_CHECKING:
+    from megajax.models.family import Family
+
 _HELP = """
-Without --schedule, all flags of the trainer (python -m megajax.train --help) say what is to be trained.
+Without --schedule, all flags of the trainer (python -m megajax.train --help) say what is to be trained, or to generate.
 
 examples:
   python -m megajax.plan --preset llama3-8b --bf16 --target h100 --num-devices 8 --mesh tp=2,zero=3 --html plan.html
+  python -m megajax.plan --preset llama3-8b --bf16 --params-dtype bfloat16 --num-devices 8 --mesh tp=8 --step decode
   python -m megajax.plan --schedule 1f1b --pp 4 --microbatches 8
   python -m megajax.plan --schedule 1f1b --pp 16 --microbatches 64 --layout 'Et*3|(tt|)*29,m|L' --png pipeline.png
   python -m megajax.plan --schedule zb-h1 --pp 8 --microbatches 32 --num-layers 32 --bytes-per-microbatch 3e9 --json
@@ -47,24 +51,69 @@ def main(argv: list[str]) -> None:
         for flag, word in itertools.pairwise(argv):
             if flag in ("--json", "--search") and not word.startswith("-"):
                 raise ConfigError(f"{flag} {word} is not valid: {flag} takes no value; drop {word}")
-        plan_training(*_step_parser().parse_known_args(argv))
+        options, flags = _step_parser().parse_known_args(argv)
+        require(options.num_devices is not None, "--num-devices is missing: the number of GPUs to plan for")
+        (plan_generation if options.step in _GENERATION else plan_training)(options, flags)
+
+
+_GENERATION = ("prefill", "decode")
+
+
+def plan_generation(options: argparse.Namespace, flags: list[str]) -> None:
+    """Compiles a step of generation with the model that the trainer's `flags` describe, and says what it takes."""
+    require(not options.search, f"--search ranks meshes for training, not for --step {options.step}; drop one of them")
+    with compiler_silenced() as stderr:
+        from megajax.planning.inference import plan_inference
+        from megajax.planning.inference_views import format_inference, inference_page
+
+        config, family = _config_and_family(options, flags)
+        status = StatusLine(stderr)
+        status.show(f"compiling {options.step} for {options.num_devices} {options.target.upper()} ...")
+        found = plan_inference(
+            config,
+            family,
+            options.target,
+            options.num_devices,
+            options.step,
+            max_requests=_MAX_REQUESTS if options.max_requests is None else options.max_requests,
+            max_seq_length=_MAX_SEQ_LENGTH if options.max_seq_length is None else options.max_seq_length,
+        )
+        status.clear()
+    if options.html is not None:
+        _save_text(inference_page(found), options.html.expanduser())
+    print(json.dumps(found.as_json()) if options.json else format_inference(found))
+
+
+_MAX_REQUESTS, _MAX_SEQ_LENGTH = 8, 2560  # Megatron's
+
+
+def _config_and_family(options: argparse.Namespace, flags: list[str]) -> tuple[Config, Family]:
+    from megajax.models.registry import FAMILIES
+    from megajax.planning.mesh_flags import mesh_flags
+
+    words = [*mesh_flags(options.mesh, options.num_devices), *flags]
+    config = cli.parse(words, prog="python -m megajax.plan", families=FAMILIES)
+    return config, FAMILIES[config.model_family]
 
 
 def plan_training(options: argparse.Namespace, flags: list[str]) -> None:
-    """Compiles the training step that the trainer's `flags` describe, and says what it takes."""
-    require(options.num_devices is not None, "--num-devices is missing: the number of GPUs to plan for")
+    """Compiles the training or evaluation step that the trainer's `flags` describe, and says what it takes."""
+    for flag, value in (
+        ("--inference-max-requests", options.max_requests),
+        ("--inference-max-seq-length", options.max_seq_length),
+    ):
+        require(
+            value is None, f"{flag} {value} has no effect with --step {options.step}; drop it, or use --step decode"
+        )
     with compiler_silenced() as stderr:
-        from megajax.models.registry import FAMILIES
         from megajax.planning import page, report, search, text
-        from megajax.planning.mesh_flags import mesh_flags
 
+        config, family = _config_and_family(options, flags)
         status = StatusLine(stderr)
-        words = [*mesh_flags(options.mesh, options.num_devices), *flags]
-        config = cli.parse(words, prog="python -m megajax.plan", families=FAMILIES)
-        family = FAMILIES[config.model_family]
         ranked = []
         if options.search:
             require(options.mesh is None, f"--mesh {options.mesh} has no effect with --search; drop one of them")
+            require(options.step == "train", f"--search ranks meshes for training, not for --step {options.step}")
 
             def progress(done: int, total: int, what: str) -> None:
                 bar = f"{'█' * round(20 * done / total):░<20}"
@@ -205,7 +254,18 @@ def _step_parser() -> cli.Parser:
     add("--target", default="h100", metavar="NAME", help="a100, h100, h200 or b200 (h100)")
     add("--mesh", metavar="AXIS=SIZE,...", help="such as tp=8,pp=4,zero=1, in short for the trainer's flags")
     add("--search", action="store_true", help="rank the meshes that are possible, compile the best, plan the first")
-    add("--step", choices=("train", "eval"), default="train", help="the step to plan (train)")
+    steps = ("train", "eval", *_GENERATION)
+    add(
+        "--step",
+        choices=steps,
+        default="train",
+        help="what to plan: a step of training or evaluation, or of generation: "
+        "prompts that fill the cache, or one token more (train)",
+    )
+    requests = f"of generation: texts that are written at once, on all GPUs together ({_MAX_REQUESTS})"
+    add("--inference-max-requests", dest="max_requests", type=int, metavar="N", help=requests)
+    room = f"of generation: tokens that the cache has room for, of each text ({_MAX_SEQ_LENGTH})"
+    add("--inference-max-seq-length", dest="max_seq_length", type=int, metavar="N", help=room)
     add("--html", type=Path, metavar="FILE", help="also save the plan as one page")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser

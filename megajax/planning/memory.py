@@ -115,7 +115,7 @@ def memory_of(compiled: Compiled, gpu: Target, *, fused_attention: bool) -> Memo
         card=gpu.memory,
         gradient_sums=held.gradients,
         formula=megatron_activations(program.config, compiled.num_microbatches, fused_attention=fused_attention),
-        largest=_largest(compiled.live),
+        largest=largest_of(compiled.live),
     )
 
 
@@ -137,7 +137,8 @@ def _gradient_shapes(compiled: Compiled) -> set[tuple[int, ...]]:
     return shapes
 
 
-def _largest(live: Sequence[LiveBuffer]) -> tuple[Holder, ...]:
+def largest_of(live: Sequence[LiveBuffer]) -> tuple[Holder, ...]:
+    """What takes the most, by where it comes from."""
     found: dict[tuple[str, str], list[int]] = {}
     for buffer in live:
         shape = "?" if buffer.shape is None else f"{buffer.dtype}[{','.join(map(str, buffer.shape))}]"

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megajax.parallel.schedules import Schedule
-from megajax.planning.report import FORMULA, Report
+from megajax.planning.memory import Holder
+from megajax.planning.report import FORMULA, Report, Traffic
 from megajax.planning.text import (
     COLLECTIVE_HEAD,
     MEMORY_NOTE,
@@ -71,48 +72,69 @@ def page(report: Report) -> str:
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="lead">{html.escape(lead)}</p>',
-        f'<p class="verdict {"yes" if memory.fits else "no"}">{html.escape(verdict(report))}</p>',
-        '<div class="tiles">' + "".join(f'<div class="tile">{name}<b>{value}</b></div>' for name, value in tiles),
-        "</div>",
+        f'<p class="verdict {"yes" if memory.fits else "no"}">{html.escape(verdict(memory, report.target))}</p>',
+        tile_row(tiles),
         "<h2>Memory of a GPU at the peak</h2>",
-        _bar([*memory_rows(report), ("free", free)], size, max(memory.card, memory.peak), mark=memory.capacity),
+        bar([*memory_rows(report), ("free", free)], size, max(memory.card, memory.peak), mark=memory.capacity),
         *([f"<p>{html.escape(ratio)}</p>"] if ratio else []),
-        "<details><summary>The largest arrays alive then</summary>",
-        _table(
-            ("from", "shape", "arrays", "bytes"),
-            [(held.name, held.shape, f"{held.arrays}", size(held.size)) for held in memory.largest],
-            words=2,
-        ),
-        "</details>",
+        largest(memory.largest),
         "<h2>Time of a step</h2>",
-        _bar([("operations", report.compute), *waits], duration, report.seconds),
+        bar([("operations", report.compute), *waits], duration, report.seconds),
         "<h2>What a GPU computes</h2>",
-        _bar(flops_rows(report), count, report.executed_flops),
+        bar(flops_rows(report), count, report.executed_flops),
         f"<p>Recomputed in the backward pass: {html.escape(report.recompute)}.</p>",
     ]
     if report.schedule is not None:
         parts += ["<h2>Pipeline</h2>", _pipeline(report.schedule)]
-    if report.traffic:
-        share = f"{report.covered_share:.0%}"
-        parts += [
-            "<h2>Collectives of a GPU</h2>",
-            f"<p>Of the bytes that layers send, {share} have operations beside them.</p>",
-            _table(COLLECTIVE_HEAD, collective_rows(report), words=4),
-        ]
-    if report.uncovered:
-        rows = [(name, size(sent)) for name, sent in report.uncovered.items()]
-        parts += ["<h2>Collectives with no operation beside them</h2>", _table(("collective", "sent"), rows)]
-    if report.kernels:
-        rows = [(name, f"{times:,}") for name, times in report.kernels.items()]
-        parts += ["<h2>Kernels</h2>", _table(("kernel", "executions"), rows)]
-    parts.append(f"<footer>{html.escape(FORMULA)} {html.escape(MEMORY_NOTE)}</footer>")
+    share = f"Of the bytes that layers send, {report.covered_share:.0%} have operations beside them."
+    parts += [*collective_parts(share, report.traffic, report.uncovered), *kernel_parts(report.kernels)]
+    return document(title, parts, f"{FORMULA} {MEMORY_NOTE}")
+
+
+def largest(holders: Sequence[Holder]) -> str:
+    """What is alive at the peak, folded away."""
+    rows = [(held.name, held.shape, f"{held.arrays}", size(held.size)) for held in holders]
+    shown = grid(("from", "shape", "arrays", "bytes"), rows, words=2)
+    return f"<details><summary>The largest arrays alive then</summary>{shown}</details>"
+
+
+def collective_parts(lead: str, traffic: Sequence[Traffic], uncovered: Mapping[str, float]) -> list[str]:
+    """The collectives, and which of them nothing hides."""
+    parts = []
+    if traffic:
+        rows = collective_rows(traffic)
+        parts += ["<h2>Collectives of a GPU</h2>", f"<p>{lead}</p>", grid(COLLECTIVE_HEAD, rows, words=4)]
+    if uncovered:
+        named = [(name, size(sent)) for name, sent in uncovered.items()]
+        parts += ["<h2>Collectives with no operation beside them</h2>", grid(("collective", "sent"), named)]
+    return parts
+
+
+def kernel_parts(executions: Mapping[str, int]) -> list[str]:
+    """Hand-written kernels and library calls."""
+    rows = [(name, f"{times:,}") for name, times in executions.items()]
+    return ["<h2>Kernels</h2>", grid(("kernel", "executions"), rows)] if rows else []
+
+
+def tile_row(tiles: Sequence[tuple[str, str]]) -> str:
+    """The numbers that matter most."""
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile">{name}<b>{value}</b></div>' for name, value in tiles)
+        + "</div>"
+    )
+
+
+def document(title: str, parts: Sequence[str], notes: str) -> str:
+    """A page of these parts, with notes at its foot."""
+    parts = [*parts, f"<footer>{html.escape(notes)}</footer>"]
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>\n' + "\n".join(parts) + "</html>\n"
     )
 
 
-def _bar(
+def bar(
     parts: Sequence[tuple[str, float]], unit: Callable[[float], str], whole: float, mark: float | None = None
 ) -> str:
     """One bar of parts, and what they are. mark: where a line is drawn."""
@@ -163,8 +185,8 @@ def _pipeline(schedule: Schedule) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """words: columns of words, which stand to the left."""
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table. words: columns of words, which stand to the left."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         left = ' class="words"'

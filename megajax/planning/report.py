@@ -166,7 +166,8 @@ def report_of(compiled: Compiled, target: str) -> Report:
     program, gpu = compiled.program, target_of(target)
     config, mesh = program.config, program.mesh
     schedule = _schedule(config, compiled)
-    blocks_of = partial(_blocks_of_rows, config)
+    tokens = config.data.seq_length * config.train.micro_batch_size // config.parallel.context_parallel_size
+    blocks_of = partial(blocks_of_rows, config, tokens)
     text, shares, taken = compiled.executable.as_text(), _shares(config, schedule), _taken(program)
     found = estimate(text, mesh, gpu, shares, turns=blocks_of(None), blocks_of=blocks_of, taken=taken)
     samples = compiled.num_microbatches * program.batches.micro_batch_size * program.batches.data_parallel_size
@@ -195,8 +196,8 @@ def report_of(compiled: Compiled, target: str) -> Report:
         compute=found.compute,
         mfu=work / (found.seconds * gpu.bf16),
         bubble=0.0 if schedule is None else schedule.bubble(),
-        traffic=_traffic(found.transfers),
-        uncovered=_uncovered(found.transfers),
+        traffic=traffic_of(found.transfers),
+        uncovered=uncovered_of(found.transfers),
         kernels={name: round(n) for name, n in sorted(found.kernels.items(), key=lambda item: -item[1])},
         schedule=schedule,
         in_flight=None if schedule is None else (_slots(config, schedule), schedule.peak_live()[0]),
@@ -212,18 +213,19 @@ _BLOCK = 128
 """Rows that experts read at a time, at least, where each gets as many (`megajax.transformer.moe`)."""
 
 
-def _blocks_of_rows(config: Config, block: int | None) -> int:
+def blocks_of_rows(config: Config, tokens: int, block: int | None) -> int:
     """Blocks of what the experts of a device are given, if the router gives all experts alike: half a block of each
-    group is empty. block: rows of one; None for those that the loop takes.
+    group is empty. tokens: of a data-parallel device. block: rows of one; None for those that the loop takes.
     """
     model, parallel = config.model, config.parallel
     if model.num_moe_experts is None:
         return 1
-    tokens = config.data.seq_length * config.train.micro_batch_size // parallel.context_parallel_size
     rows = tokens * (model.moe_router_topk or 1) * parallel.resolved_expert_tensor_parallel_size
     rows //= parallel.tensor_model_parallel_size
     experts = model.num_moe_experts // parallel.expert_model_parallel_size
-    return rows // (block or block_for(rows // experts, _BLOCK, LOOP.most_rows)) + experts // 2
+    touched = experts * (1 - (1 - 1 / experts) ** rows)  # fewer rows than that fill no whole block
+    whole = rows // (block or block_for(rows // experts, _BLOCK, LOOP.most_rows)) + experts // 2
+    return max(whole, round(touched))
 
 
 def _recompute(model: TransformerConfig) -> str:
@@ -302,7 +304,7 @@ def _in_layers(transfer: Transfer) -> bool:
     return "Layer/" in transfer.collective.op_name or "Layer)/" in transfer.collective.op_name
 
 
-def _traffic(transfers: Sequence[Transfer]) -> tuple[Traffic, ...]:
+def traffic_of(transfers: Sequence[Transfer]) -> tuple[Traffic, ...]:
     """By kind and axes, the longest first."""
     groups: dict[tuple[str, str, str, bool], list[Transfer]] = {}
     for transfer in transfers:
@@ -326,7 +328,7 @@ def _is_covered(transfer: Transfer) -> bool:
     return transfer.asynchronous and transfer.covered > 0
 
 
-def _uncovered(transfers: Sequence[Transfer]) -> dict[str, float]:
+def uncovered_of(transfers: Sequence[Transfer]) -> dict[str, float]:
     """Bytes of what waits, by the last words of where it comes from; the largest ten."""
     found: dict[str, float] = {}
     for transfer in transfers:

@@ -3,11 +3,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megajax.planning.memory import USABLE
-from megajax.planning.report import FORMULA, Report
+from megajax.planning.inference import InferenceMemory
+from megajax.planning.memory import USABLE, Memory
+from megajax.planning.report import FORMULA, Report, Traffic
 from megajax.planning.search import Found
 
 MEMORY_NOTE = (
@@ -61,11 +62,10 @@ def memory_rows(report: Report) -> list[tuple[str, int]]:
     ]
 
 
-def verdict(report: Report) -> str:
+def verdict(memory: Memory | InferenceMemory, target: str) -> str:
     """Whether it fits, in one line."""
-    memory = report.memory
     room = memory.capacity - memory.peak
-    usable = f"the {size(memory.capacity)} that are usable ({USABLE:.0%}) of one {report.target.upper()}"
+    usable = f"the {size(memory.capacity)} that are usable ({USABLE:.0%}) of one {target.upper()}"
     if memory.fits:
         return f"fits: peak {size(memory.peak)}, {size(room)} below {usable}"
     return f"does not fit: peak {size(memory.peak)}, {size(-room)} above {usable}"
@@ -88,24 +88,39 @@ def format_report(report: Report) -> str:
     lines = [
         *heading(report),
         "",
-        f"MEMORY  {verdict(report)}",
-        *_bars(memory_rows(report), size, report.memory.card),
+        f"MEMORY  {verdict(report.memory, report.target)}",
+        *bars(memory_rows(report), size, report.memory.card),
         *_formula(report),
         "",
         f"TIME    a step takes at least {duration(report.seconds)}: MFU at most {report.mfu:.1%},"
         f" {report.tokens_per_second:,.0f} tokens/s per GPU",
-        *_bars([("operations", report.compute), ("waiting for others", report.exposed)], duration, report.seconds),
+        *bars([("operations", report.compute), ("waiting for others", report.exposed)], duration, report.seconds),
         *([f"  pipeline bubble {report.bubble:.1%} of the useful time"] if report.bubble else []),
         "",
         f"FLOPS   {count(report.executed_flops)} executed on each GPU, {report.executed_flops / report.model_flops:.2f}"
         f" x the model's; recomputed: {report.recompute}",
-        *_bars(flops_rows(report), count, report.executed_flops),
-        *_collectives(report),
+        *bars(flops_rows(report), count, report.executed_flops),
+        *collectives(
+            f"COLLECTIVES of a GPU; in layers, {report.covered_share:.0%} of the bytes have operations beside them",
+            report.traffic,
+            report.uncovered,
+        ),
+        *kernels(report.kernels),
+        "",
+        FORMULA,
+        compile_times(report.seconds_to_compile),
     ]
-    if report.kernels:
-        lines += ["", "KERNELS", *table([(f"{n:,}", name) for name, n in report.kernels.items()])]
-    trace, compiling = report.seconds_to_compile
-    return "\n".join([*lines, "", FORMULA, f"Traced in {duration(trace)}, compiled in {duration(compiling)}."])
+    return "\n".join(lines)
+
+
+def kernels(executions: Mapping[str, int]) -> list[str]:
+    """Hand-written kernels and library calls."""
+    return ["", "KERNELS", *table([(f"{n:,}", name) for name, n in executions.items()])] if executions else []
+
+
+def compile_times(seconds: tuple[float, float]) -> str:
+    """How long planning took."""
+    return f"Traced in {duration(seconds[0])}, compiled in {duration(seconds[1])}."
 
 
 def heading(report: Report) -> list[str]:
@@ -138,24 +153,19 @@ def _formula(report: Report) -> list[str]:
     return [] if line is None else [f"  {part}" for part in line.split("; ")]
 
 
-def _collectives(report: Report) -> list[str]:
-    lines = []
-    if report.traffic:
-        lines += [
-            "",
-            f"COLLECTIVES of a GPU; in layers, {report.covered_share:.0%} of the bytes have operations beside them",
-            *table([COLLECTIVE_HEAD, *collective_rows(report)]),
-        ]
-    if report.uncovered:
+def collectives(title: str, traffic: Sequence[Traffic], uncovered: Mapping[str, float]) -> list[str]:
+    """The collectives, and which of them nothing hides."""
+    lines = ["", title, *table([COLLECTIVE_HEAD, *collective_rows(traffic)])] if traffic else []
+    if uncovered:
         lines += ["", "  with nothing beside them:"]
-        lines += table([(size(sent), name) for name, sent in report.uncovered.items()])
+        lines += table([(size(sent), name) for name, sent in uncovered.items()])
     return lines
 
 
 COLLECTIVE_HEAD = ("kind", "axes", "link", "where", "times", "sent", "takes", "waits", "covered")
 
 
-def collective_rows(report: Report) -> list[tuple[str, ...]]:
+def collective_rows(traffic: Sequence[Traffic]) -> list[tuple[str, ...]]:
     """A row for each kind of collective, the longest first."""
     return [
         (
@@ -169,24 +179,24 @@ def collective_rows(report: Report) -> list[tuple[str, ...]]:
             duration(row.exposed),
             f"{row.covered / row.sent:.0%}" if row.sent else "-",
         )
-        for row in report.traffic
+        for row in traffic
     ]
 
 
 _BAR = 30
 
 
-def _bars(rows: Sequence[tuple[str, float]], unit: Callable[[float], str], whole: float) -> list[str]:
+def bars(rows: Sequence[tuple[str, float]], unit: Callable[[float], str], whole: float) -> list[str]:
     """Rows with a bar each."""
     if not whole:
         return []
     width = max(len(name) for name, _ in rows)
     numbers = [unit(value) for _, value in rows]
     right = max(map(len, numbers))
-    bars = ["█" * max(0, round(_BAR * value / whole)) for _, value in rows]
+    drawn = ["█" * max(0, round(_BAR * value / whole)) for _, value in rows]
     return [
         f"  {name:{width}}  {number:>{right}}  {value / whole:4.0%}  {bar}".rstrip()
-        for (name, value), number, bar in zip(rows, numbers, bars, strict=True)
+        for (name, value), number, bar in zip(rows, numbers, drawn, strict=True)
     ]
 
 

@@ -111,7 +111,9 @@ class HeldBytes(NamedTuple):
 def held_bytes(compiled: Compiled) -> HeldBytes:
     """By arithmetic: the part of each array that lies on a device, times the size of its numbers."""
     if compiled.step != "train":
-        return HeldBytes(_held(compiled.program.abstract_state.params), 0, 0, _held(compiled.batch))
+        return HeldBytes(
+            bytes_on_a_device(compiled.program.abstract_state.params), 0, 0, bytes_on_a_device(compiled.batch)
+        )
     program, state = compiled.program, compiled.program.abstract_state
     axes = jax.tree.leaves(program.axes.params, is_leaf=is_axes)
     places = [NamedSharding(program.mesh, spec_of(names, program.rules.gradient_table)) for names in axes]
@@ -119,10 +121,16 @@ def held_bytes(compiled: Compiled) -> HeldBytes:
         4 * math.prod(place.shard_shape(leaf.shape))
         for leaf, place in zip(jax.tree.leaves(state.params), places, strict=True)
     )
-    return HeldBytes(_held(state.params), _held(state.replace(params=None)), gradients, _held(compiled.batch))
+    return HeldBytes(
+        bytes_on_a_device(state.params),
+        bytes_on_a_device(state.replace(params=None)),
+        gradients,
+        bytes_on_a_device(compiled.batch),
+    )
 
 
-def _held(tree: Any) -> int:
+def bytes_on_a_device(tree: Any) -> int:
+    """By arithmetic: the part of each array that lies on a device, times the size of its numbers."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)

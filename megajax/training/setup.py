@@ -109,15 +109,15 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
         axes=drawn.axes,
         abstract_state=drawn.abstract_state,
         create_state=jax.jit(
-            drawn.create, out_shardings=drawn.places, compiler_options=_compiler_options(mesh, config, 0)
+            drawn.create, out_shardings=drawn.places, compiler_options=compiler_options(mesh, config, 0)
         ),
         train_step=jax.jit(
             train_step,
             donate_argnums=0,
             out_shardings=(drawn.places, NamedSharding(mesh, PartitionSpec())),
-            compiler_options=_compiler_options(mesh, config, 2),
+            compiler_options=compiler_options(mesh, config, 2),
         ),
-        eval_step=jax.jit(eval_step, compiler_options=_compiler_options(mesh, config, 2)),
+        eval_step=jax.jit(eval_step, compiler_options=compiler_options(mesh, config, 2)),
         eval_microbatches=_eval_microbatches(config),
     )
 
@@ -166,7 +166,7 @@ def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:
     return Replicas(axes, sharding.specs_of_axes(drawn.param_axes, drawn.rules.optimizer_table))
 
 
-def _compiler_options(mesh: Mesh, config: Config, level: int) -> dict[str, Any]:
+def compiler_options(mesh: Mesh, config: Config, level: int) -> dict[str, Any]:
     """Options for XLA: for NVIDIA GPUs those of `megajax.xla_flags`; XLA:CPU optimizes at `level` of LLVM, 0 to 3. What
     the user's own XLA_FLAGS set is left alone.
 

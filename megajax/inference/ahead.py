@@ -1,0 +1,194 @@
+"""The programs of generation on a mesh, of prompts and of one token more, for devices that need not exist."""
+
+# SPDX-License-Identifier: Apache-2.0
+# B requests, P prompt length
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+
+from megajax.backends import BackendSpecProvider
+from megajax.config import Config, ConfigError
+from megajax.data.tokenizers import build_tokenizer
+from megajax.inference.generate import Decoding, Sampling, boxed_cache, decode, prefill
+from megajax.models import language
+from megajax.models.family import Family
+from megajax.parallel import sharding
+from megajax.parallel.live_memory import LiveBuffer, compile_and_watch
+from megajax.parallel.mesh import data_parallel_size, make_mesh
+from megajax.parallel.sharding import AxisRules
+from megajax.training.blueprint import draw_up
+from megajax.training.setup import compiler_options, fit_config
+
+Phase = Literal["prefill", "decode"]
+_USUAL = Sampling()
+
+
+class InferenceProgram(NamedTuple):
+    """The steps that `megajax.inference.generate.generate` is made of, each compiled by itself.
+
+    params, cache: shapes and places. prefill: `(params, cache, prompt [B, P], key) -> Decoding`, decode: `(params,
+    Decoding, key) -> Decoding`; both donate the cache.
+    """
+
+    config: Config
+    family: Family
+    mesh: Mesh
+    rules: AxisRules
+    backend: BackendSpecProvider
+    model: nn.Module
+    requests: int
+    length: int
+    params: Any
+    cache: Any
+    prefill: Any
+    decode: Any
+
+
+def build_inference_program(
+    config: Config,
+    family: Family,
+    *,
+    inference_max_requests: int,
+    inference_max_seq_length: int,
+    devices: list[Any] | None = None,
+    sampling: Sampling = _USUAL,
+) -> InferenceProgram:
+    """Allocates nothing.
+
+    Args:
+      config: a run's, whose vocabulary size is known.
+      inference_max_requests, inference_max_seq_length: texts that are written at once, on all devices together, and
+        room for the tokens of each.
+      devices: None for those at hand.
+
+    Raises:
+      ConfigError: the family has no such steps, or not in this layout.
+    """
+    _check(config, family, inference_max_requests, inference_max_seq_length)
+    mesh = make_mesh(config.parallel, devices)
+    replicas = data_parallel_size(mesh)
+    if inference_max_requests % replicas:
+        raise ConfigError(
+            f"--inference-max-requests {inference_max_requests} is not divisible by the {replicas} replicas of"
+            f" {mesh.size} devices; change one of them"
+        )
+    drawn = draw_up(config, family, mesh)
+    boxed = boxed_cache(drawn.model, batch=inference_max_requests, length=inference_max_seq_length)
+    specs = sharding.partition_specs(boxed, drawn.rules.table, mesh)
+    cache = jax.tree.map(
+        lambda box, spec: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=NamedSharding(mesh, spec)),
+        boxed,
+        specs,
+        is_leaf=sharding.is_box,
+    )
+    options = compiler_options(mesh, config, 2)
+    state = _abstract_state(mesh, drawn.rules, cache, inference_max_requests)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    model = drawn.model
+
+    def read(params: Any, cache: Any, prompt_BP: jax.Array, key: jax.Array) -> Decoding:
+        return prefill(model, params, cache, prompt_BP, key, sampling)
+
+    def step(params: Any, state: Decoding, key: jax.Array) -> Decoding:
+        return decode(model, params, state, key, sampling)
+
+    jit = partial(jax.jit, donate_argnums=1, out_shardings=places, compiler_options=options)
+    return InferenceProgram(
+        config=config,
+        family=family,
+        mesh=mesh,
+        rules=drawn.rules,
+        backend=drawn.backend,
+        model=model,
+        requests=inference_max_requests,
+        length=inference_max_seq_length,
+        params=drawn.abstract_state.params,
+        cache=cache,
+        prefill=jit(read),
+        decode=jit(step),
+    )
+
+
+def _check(config: Config, family: Family, requests: int, length: int) -> None:
+    if family.write is not language.write:
+        from megajax.models.registry import FAMILIES
+
+        those = ", ".join(name for name, one in FAMILIES.items() if one.write is language.write)
+        raise ConfigError(f"--model {family.name}: has no step that decodes with a cache; choose from {those}")
+    for flag, value in (("--inference-max-requests", requests), ("--inference-max-seq-length", length)):
+        if value < 1:
+            raise ConfigError(f"{flag} {value}: must be at least 1")
+    longest = config.model.max_sequence_length
+    if longest is not None and length > longest:
+        raise ConfigError(f"--inference-max-seq-length {length} exceeds max_sequence_length={longest}; lower it")
+    parallel = config.parallel
+    for field in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if vars(parallel)[field] > 1:
+            raise ConfigError(f"{field}={vars(parallel)[field]}: generation has no such layout; use tp, ep and dp")
+    if parallel.sequence_parallel:
+        raise ConfigError("sequence_parallel=True cannot divide a step of one token; leave it out")
+
+
+def _abstract_state(mesh: Mesh, rules: AxisRules, cache: Any, requests: int) -> Decoding:
+    token: Any
+    position: Any
+
+    def place(*axes: str) -> NamedSharding:
+        return NamedSharding(mesh, sharding.spec_of(axes, rules.table))
+
+    token = jax.ShapeDtypeStruct((requests,), jnp.int32, sharding=place("batch"))
+    position = jax.ShapeDtypeStruct((), jnp.int32, sharding=place())
+    return Decoding(cache, token, position)
+
+
+class CompiledInference(NamedTuple):
+    """A phase compiled for the devices of `program.mesh`; live, seconds: as in `megajax.training.ahead.Compiled`.
+
+    inputs: tokens and position, with shapes and places. prompt: P, or 1.
+    """
+
+    phase: Phase
+    program: InferenceProgram
+    executable: Any
+    live: tuple[LiveBuffer, ...]
+    inputs: Any
+    prompt: int
+    seconds: tuple[float, float]
+
+
+def compile_inference(
+    config: Config, family: Family, devices: list[Any], phase: Phase, *, max_requests: int, max_seq_length: int
+) -> CompiledInference:
+    """One of the programs of generation on these devices; of a prefill, the prompts fill the cache.
+
+    Raises:
+      ConfigError: as `build_inference_program`.
+    """
+    config = fit_config(config, family, build_tokenizer(config.data.tokenizer))
+    program = build_inference_program(
+        config, family, inference_max_requests=max_requests, inference_max_seq_length=max_seq_length, devices=devices
+    )
+    state = _abstract_state(program.mesh, program.rules, program.cache, program.requests)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    began = time.monotonic()
+    with jax.set_mesh(program.mesh), nn.logical_axis_rules(tuple(program.rules.table.items())):
+        inputs: Any
+        if phase == "decode":
+            inputs, prompt = (state.token, state.position), 1
+            lowered = program.decode.lower(program.params, state, key)
+        else:
+            place = NamedSharding(program.mesh, sharding.spec_of(("batch", None), program.rules.table))
+            inputs = jax.ShapeDtypeStruct((program.requests, program.length), jnp.int32, sharding=place)
+            prompt = program.length
+            lowered = program.prefill.lower(program.params, program.cache, inputs, key)
+        traced = time.monotonic()
+        executable, live = compile_and_watch(lowered)
+    seconds = (traced - began, time.monotonic() - traced)
+    return CompiledInference(phase, program, executable, live, inputs, prompt, seconds)
