@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 
 from megajax.config import TransformerConfig
-from megajax.config_kernels import AttentionBackend, Fp8Format, GroupedGemmBackend
+from megajax.config_kernels import AttentionBackend, Fp8, GroupedGemmBackend
 from megajax.config_parallel import ContextComm
 from megajax.kernels import Capability
 from megajax.parallel.mesh import gpu_capability
@@ -119,7 +119,7 @@ class TESpecProvider:
     strict: bool = False
     cudnn_missing: bool = False
     grouped_gemm_backend: GroupedGemmBackend = "auto"
-    fp8: Fp8Format | None = None
+    fp8: Fp8 | None = None
 
     def column_parallel_linear(self) -> Builder:
         """Linear whose output dim is sharded."""

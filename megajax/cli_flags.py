@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megajax.config import Config, LatentAttentionConfig, MoEConfig, TransformerConfig
+from megajax.config_kernels import Fp8LayersConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ IGNORED: tuple[str, ...] = (
     *("--use-flash-attn", "--use-mcore-models", "--use-legacy-models"),
     *("--distributed-backend", "--local-rank", "--cuda-graph-*", "--enable-cuda-graph"),
     *("--tp-comm-overlap*", "--overlap-*", "--nccl-*", "--use-nccl-ub", "--manual-gc*", "--te-rng-tracker"),
-    *("--empty-unused-memory-level",),
+    *("--empty-unused-memory-level", "--fp8-interval"),
     *("--use-persistent-ckpt-worker", "--ckpt-format", "--auto-detect-ckpt-format", "--ckpt-fully-parallel-*"),
     *("--dist-ckpt-strictness", "--no-mmap-bin-files", "--no-create-attention-mask-in-dataloader"),
     *("--accumulate-allreduce-grads-in-fp32", "--timing-log-*", "--log-throughput", "--log-*-to-tensorboard"),
@@ -268,7 +269,26 @@ NO_EFFECT: tuple[NoEffect, ...] = (
         lambda c: c.model.multi_latent_attention,
         "it needs --multi-latent-attention",
     ),
-    NoEffect(("fp8_recipe",), lambda c: c.kernels.fp8_format is not None, "it needs --fp8-format"),
+    NoEffect(
+        ("fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
+        lambda c: c.kernels.fp8_format is not None,
+        "it needs --fp8-format",
+    ),
+    NoEffect(
+        tuple(Fp8LayersConfig.__dataclass_fields__),
+        lambda c: c.kernels.fp8_format is not None,
+        "it needs --fp8-format",
+    ),
+    NoEffect(
+        ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+        lambda c: c.model.first_last_layers_bf16,
+        "it needs --first-last-layers-bf16",
+    ),
+    NoEffect(
+        ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
+        lambda c: c.kernels.fp8_recipe == "delayed",
+        "it needs --fp8-recipe delayed",
+    ),
     NoEffect(("mtp_loss_scaling_factor",), lambda c: c.model.mtp_num_layers is not None, "it needs --mtp-num-layers"),
     NoEffect(
         ("cp_comm_type",), lambda c: c.parallel.context_parallel_size > 1, "it needs --context-parallel-size above 1"

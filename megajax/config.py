@@ -20,7 +20,7 @@ from megajax.config_checks import (
 )
 from megajax.config_distributed import DistributedConfig
 from megajax.config_heterogeneous import HeterogeneousLayer, heterogeneous_layers_from_json
-from megajax.config_kernels import KernelConfig
+from megajax.config_kernels import Fp8LayersConfig, KernelConfig
 from megajax.config_moe import LatentAttentionConfig, MoEConfig
 from megajax.config_optimizer import OptimizerConfig
 from megajax.config_parallel import ParallelConfig
@@ -50,7 +50,7 @@ RopeScaling = Literal["none", "llama3", "dynamic", "longrope"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig(MoEConfig, LatentAttentionConfig):
+class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     """Architecture of a transformer stack and of the language model around it.
 
     Names and meaning follow Megatron-Core's `TransformerConfig` (`megatron/core/transformer/transformer_config.py`)
@@ -335,14 +335,17 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig):
         if self.num_moe_experts is not None:
             dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
             changes |= {"moe_layer_freq": 1} | ({} if self.is_moe_layer(index) else dense)
+        changes |= self._fp8_of_layer(index, self.num_layers)
         return dataclasses.replace(self, **changes)
 
     def for_further_layer(self, depth: int) -> Self:
         """The config of the layer of multi-token prediction `depth` (from 0).
 
-        It is like the last one; `window_attn_skip_freq` as a number goes on counting, as in Megatron.
+        It is like the last one; `window_attn_skip_freq` as a number goes on counting, as in Megatron. It is none of
+        `first_last_layers_bf16`.
         """
-        last, freq = self.for_layer(self.num_layers - 1), self.window_attn_skip_freq
+        alike = dataclasses.replace(self, first_last_layers_bf16=False)
+        last, freq = alike.for_layer(self.num_layers - 1), self.window_attn_skip_freq
         if not isinstance(freq, int):
             return last
         windowed = (self.num_layers + depth + 1) % freq != 0

@@ -13,6 +13,48 @@ AttentionBackend = Literal["auto", "fused", "unfused", "local"]
 GroupedGemmBackend = Literal["auto", "fused", "unfused"]
 Fp8Format = Literal["e4m3", "hybrid"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8", "custom"]
+Fp8AmaxAlgo = Literal["most_recent", "max"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8:
+    """How linear layers compute in fp8; the fields are those of `KernelConfig`."""
+
+    format: Fp8Format
+    recipe: Fp8Recipe = "tensorwise"
+    margin: int = 0
+    amax_history_len: int = 1
+    amax_compute_algo: Fp8AmaxAlgo = "most_recent"
+    wgrad: bool = True
+
+
+_AS_OTHERS = {"first_last_layers_bf16": False, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fp8LayersConfig:
+    """Which layers of a model do not compute in fp8 where the others do."""
+
+    first_last_layers_bf16: bool = False
+    """The first and the last layers compute as they do without fp8."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many of the first ones, with first_last_layers_bf16."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many of the last ones."""
+
+    @property
+    def leaves_fp8_out(self) -> bool:
+        """Of the config of one layer (`TransformerConfig.for_layer`): whether it is one of those."""
+        return self.first_last_layers_bf16 and self.num_layers_at_start_in_bf16 == self.num_layers_at_end_in_bf16 == 0
+
+    def _fp8_of_layer(self, index: int, num_layers: int) -> dict[str, int]:
+        """Changes that make the config that of layer `index`."""
+        if not self.first_last_layers_bf16:
+            return {}
+        start, end = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
+        if not start <= index < num_layers - end:
+            return {"num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 0}
+        return _AS_OTHERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +73,36 @@ class KernelConfig:
     """Linears of the layers compute in fp8, all but the experts and routers: e4m3, or hybrid, which has gradients in
     e5m2."""
     fp8_recipe: Fp8Recipe = "tensorwise"
-    """How tensors are scaled to fp8. tensorwise: each by its own largest magnitude; others are not supported yet."""
+    """How tensors are scaled to fp8. tensorwise: each by its own largest magnitude. delayed: by those of earlier steps,
+    which a run keeps among its parameters. Others are not supported yet."""
+    fp8_margin: int = 0
+    """Of delayed scaling: powers of two between the largest magnitude expected and the largest number of the type."""
+    fp8_amax_history_len: int = 1
+    """Of delayed scaling: how many steps' largest magnitudes are kept."""
+    fp8_amax_compute_algo: Fp8AmaxAlgo = "most_recent"
+    """Of delayed scaling: which of them count. most_recent: the last step's; max: the largest of all that are kept."""
+    fp8_wgrad: bool = True
+    """Of delayed scaling: gradients of weights are products in fp8, too."""
+
+    @property
+    def fp8(self) -> Fp8 | None:
+        """How linear layers compute in fp8; None: they do not."""
+        if self.fp8_format is None:
+            return None
+        return Fp8(
+            format=self.fp8_format,
+            recipe=self.fp8_recipe,
+            margin=self.fp8_margin,
+            amax_history_len=self.fp8_amax_history_len,
+            amax_compute_algo=self.fp8_amax_compute_algo,
+            wgrad=self.fp8_wgrad,
+        )
 
     def __post_init__(self) -> None:
+        require(
+            self.fp8_amax_history_len >= 1,
+            f"fp8_amax_history_len={self.fp8_amax_history_len} keeps nothing; set it to 1 or more",
+        )
         require(
             self.transformer_impl != "local" or self.attention_backend in ("auto", "unfused", "local"),
             f"attention_backend={self.attention_backend!r} is not possible with transformer_impl='local'; drop one",

@@ -154,7 +154,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "pallas": "Pallas flash attention",
         "plain": "plain JAX",
         "gemm": "cuBLAS or Triton, as XLA's autotuner finds",
-        "fp8": "fp8, by cuBLASLt",
+        "fp8-tensorwise": "fp8, by cuBLASLt, scaled by each tensor's largest magnitude",
+        "fp8-delayed": "fp8, by cuBLASLt, scaled by each tensor's largest magnitude in earlier steps",
         "xla": "XLA's own fusions",
         "grouped": "a grouped matrix product in Pallas",
         "blocks": "a loop of products",
@@ -243,15 +244,17 @@ def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
       ConfigError: fp8 is asked for and the GPU has none, or by a recipe that is not known here.
     """
     fp8_format = wanted.fp8_format
-    if fp8_format is not None and wanted.fp8_recipe != "tensorwise":
-        raise ConfigError(f"fp8_recipe={wanted.fp8_recipe!r} is not supported yet; use fp8_recipe='tensorwise'")
+    if fp8_format is not None and wanted.fp8_recipe not in ("tensorwise", "delayed"):
+        raise ConfigError(
+            f"fp8_recipe={wanted.fp8_recipe!r} is not supported yet; use fp8_recipe='tensorwise' or 'delayed'"
+        )
     if fp8_format is not None and (gpu is None or gpu < (8, 9)):
         here = "here is none" if gpu is None else f"this one has {gpu[0]}.{gpu[1]}"
         raise ConfigError(
             f"fp8_format={fp8_format!r} needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or more, {here};"
             " leave it out"
         )
-    return Choice("linears", "plain" if gpu is None else "gemm" if fp8_format is None else "fp8")
+    return Choice("linears", "plain" if gpu is None else "gemm" if fp8_format is None else f"fp8-{wanted.fp8_recipe}")
 
 
 def other_slots(gpu: Capability | None, wanted: KernelConfig) -> tuple[Choice, ...]:

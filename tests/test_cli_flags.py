@@ -161,7 +161,9 @@ ENABLERS = {
         "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim qk_pos_emb_interleaved"
         " latent_layernorm_epsilon"
     ),
-    "--fp8-format hybrid": "fp8_recipe",
+    "--fp8-format hybrid": "fp8_recipe first_last_layers_bf16",
+    "--fp8-format hybrid --fp8-recipe delayed": ("fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad"),
+    "--fp8-format hybrid --first-last-layers-bf16": "num_layers_at_start_in_bf16 num_layers_at_end_in_bf16",
     "--mtp-num-layers 1": "mtp_loss_scaling_factor",
     "--window-size 3 0": "window_attn_skip_freq",
     "--disable-bias-linear": "add_qkv_bias",

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from megajax.checkpoint import files, tree
 from megajax.checkpoint.arrays import ArrayWriter, read
 from megajax.checkpoint.files import CheckpointError
 from megajax.config import CheckpointConfig, ConfigError
+from megajax.parallel.gradient_sums import is_fp8_meta
 
 _log = logging.getLogger("megajax.checkpoint")
 _FORMAT = 1
@@ -206,6 +208,10 @@ class CheckpointStore:
         stored = {name: tree.Leaf.from_json(e) for name, e in files.read_json(folder / files.TREE_FILE).items()}
         there = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
         named = {prefix + name: leaf for name, leaf in tree.flatten(target).items()}
+        # A run may begin, or end, to compute in fp8 where another stood; it then begins without scales.
+        there = {name: leaf for name, leaf in there.items() if name in named or not is_fp8_meta(name.split("/"))}
+        new = {name: leaf for name, leaf in named.items() if name not in there and is_fp8_meta(name.split("/"))}
+        named = {name: leaf for name, leaf in named.items() if name not in new}
         axes = self._axes or {name: leaf.axes for name, leaf in there.items() if leaf.axes is not None}
         here = tree.describe(named, axes, self._vocab_size)
         saved = files.read_json(folder / files.CONFIG_FILE)
@@ -221,7 +227,8 @@ class CheckpointStore:
         if changed:
             _log.warning("%s was saved with other settings: %s", folder, ", ".join(changed))
         try:
-            return tree.unflatten(target, _strip(read(folder, named, stored), prefix))
+            zeros = {name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in new.items()}
+            return tree.unflatten(target, _strip(read(folder, named, stored) | zeros, prefix))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: cannot be read ({files.reason(error)}); restore another step") from error
 

@@ -23,10 +23,11 @@ _MODEL = {
 }
 """Argument -> GPTModel argument."""
 _SWITCHES = (
-    *("multi_latent_attention", "mtp_num_layers", "fp8", "fp4", "experimental_attention_variant", "is_hybrid_model"),
+    *("multi_latent_attention", "mtp_num_layers", "experimental_attention_variant", "is_hybrid_model"),
     *("linear_attention_freq", "use_mup", "enable_mhc_connections"),
 )
-"""Arguments that turn on what is not supported. Options of what is off have defaults of their own, and are left out."""
+"""Arguments that turn on what is not supported. Options of what is off have defaults of their own, and are left out; so
+are fp8 and fp4, which say how a run computes, not what its weights are."""
 
 
 def settings_from_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

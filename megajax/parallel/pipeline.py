@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from megajax.parallel.gradient_sums import combine_at
 from megajax.parallel.pipeline_pieces import (
     PP,
     Chunks,
@@ -269,12 +270,13 @@ class _Engine:
             self.chunks.at(0, item.chunk), kept, self.work.at(item.microbatch), _of_type(g, carry.y)
         )
 
-        def add(total: Array, gradient: Array) -> Array:
+        def add(path: Any, total: Array, gradient: Array) -> Array:
             gradient = jnp.where(item.valid, gradient.astype(jnp.float32), 0.0)
-            return total.at[item.chunk].add(gradient)
+            return combine_at(path, total, item.chunk, gradient)
 
         assert self.gradient_specs is not None
-        staged = laid_out(jax.tree.map(add, sums.gradients.staged, (d_params,)), self.gradient_specs.staged)
+        staged = jax.tree_util.tree_map_with_path(add, sums.gradients.staged, (d_params,))
+        staged = laid_out(staged, self.gradient_specs.staged)
         sums = sums._replace(gradients=sums.gradients._replace(staged=staged))
         sums = self.ends.enter_backward(entered.valid & (entered.chunk == 0), entered.microbatch, dx, sums)
         return carry._replace(sums=sums, g=shift(dx, self.schedule.stages, -1))

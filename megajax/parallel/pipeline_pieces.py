@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from megajax.ops.cross_entropy import FusedLoss
+from megajax.parallel.gradient_sums import added, combine
 from megajax.parallel.replicas import ALIKE, Replicas, manual_part
 from megajax.parallel.sharding import constrain
 
@@ -153,7 +154,7 @@ class Ends:
 
             _, pullback = jax.vjp(embed, self._embedding.take(self._shared))
             [gradients] = pullback(broadcast_from(dx, 0))
-            return self._laid_out_embedding(added(self._embedding.take(totals), gradients))
+            return self._laid_out_embedding(self._embedding.added(totals, gradients))
 
         def wait() -> list[Array]:
             return self._laid_out_embedding(self._embedding.take(totals))
@@ -176,6 +177,13 @@ class _Read(NamedTuple):
     """Which leaves of a tree a function reads: a branch that is to leave the others alone does not hold them."""
 
     leaves: tuple[bool, ...]
+
+    def added(self, totals: Tree, gradients: list[Array]) -> list[Array]:
+        """Gradients of those leaves, and what there was of them in a tree of totals."""
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(totals)]
+        read = [path for path, wanted in zip(paths, self.leaves, strict=True) if wanted]
+        new = [gradient.astype(jnp.float32) for gradient in gradients]
+        return [combine(*leaf) for leaf in zip(read, self.take(totals), new, strict=True)]
 
     @classmethod
     def by(cls, function: Callable[[Tree], Tree], tree: Tree) -> _Read:
@@ -325,11 +333,6 @@ def laid_out(gradients: Tree, specs: Tree) -> Tree:
 def as_stream(x: Tree) -> Tree:
     """x laid out as the residual stream."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch", "residual_seq", "act_embed"), x)
-
-
-def added(totals: Tree, gradients: Tree) -> Tree:
-    """fp32 totals plus gradients."""
-    return jax.tree.map(lambda total, gradient: total + gradient.astype(jnp.float32), totals, gradients)
 
 
 def broadcast_from(x: Tree, stage: int) -> Tree:

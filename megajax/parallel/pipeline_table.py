@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from megajax.parallel.gradient_sums import combine_at
 from megajax.parallel.pipeline_pieces import (
     PP,
     BlockFn,
@@ -209,7 +210,9 @@ class _Engine:
 
     def _added(self, index: int, totals: Tree, change: _Change, mine: StageTicks) -> Tree:
         here = jnp.clip(self.chunks.place(index, mine.chunk), 0, self.chunks.of_block - 1)
-        return jax.tree.map(lambda total, d: total.at[here].add(d), totals, change.gradients)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, total, d: combine_at(path, total, here, d), totals, change.gradients
+        )
 
     def _stored(self, index: int, buffers: _Buffers, change: _Change, mine: StageTicks) -> _Buffers:
         ours = jnp.maximum(mine.chunk, 0) // self.chunks.of_block == index

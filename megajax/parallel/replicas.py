@@ -13,13 +13,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from megajax.parallel.mesh import ZERO_AXES
+from megajax.parallel.gradient_sums import combined_devices
+from megajax.parallel.mesh import AXES, ZERO_AXES
 
 Array = jax.Array
 Tree = Any
@@ -78,7 +80,7 @@ class Replicas:
         places = manual_part(self.specs, others)
         several = tuple(axis for axis in self.axes if mesh.shape[axis] > 1)
         each = jax.shard_map(
-            lambda tree: jax.tree.map(lambda leaf, spec: _reduced(leaf, spec, several), tree, self.specs),
+            lambda tree: jax.tree_util.tree_map_with_path(partial(_reduced, several), tree, self.specs),
             in_specs=(places,),
             out_specs=places,
             axis_names=set(others),
@@ -87,14 +89,21 @@ class Replicas:
         return each(gradients), jax.lax.psum(loss, several)
 
 
-def _reduced(gradient: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
+def _reduced(axes: tuple[str, ...], path: Any, gradient: Array, spec: PartitionSpec) -> Array:
     rest = axes
     for dim, entry in enumerate(spec):
         scattered = tuple(axis for axis in names_of(entry) if axis in rest)
         if scattered:
             gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=dim, tiled=True)
             rest = tuple(axis for axis in rest if axis not in scattered)
-    return jax.lax.psum(gradient, rest) if rest else gradient
+    return combined_devices(path, gradient, rest) if rest else gradient
+
+
+def largest_of_all(x: Array) -> Array:
+    """The largest x of the devices whose parts of a tensor a manual region sees apart; stages of a pipeline have their
+    own tensors. Elsewhere x is of the whole tensor as it is."""
+    axes = tuple(axis for axis in AXES[1:] if axis in jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.lax.pmax(x, axes) if axes else x
 
 
 ALIKE = Replicas()

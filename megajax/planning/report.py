@@ -8,12 +8,11 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import jax
-
 from megajax.config import Config, TransformerConfig
 from megajax.models.family import Family
 from megajax.ops.grouped import LOOP, block_for
 from megajax.parallel.aot import absent_gpus, target_of
+from megajax.parallel.gradient_sums import number_of_parameters
 from megajax.parallel.mesh import describe
 from megajax.parallel.one_stage import ON_LAST_STAGE
 from megajax.parallel.pipeline import Lockstep
@@ -175,7 +174,6 @@ def report_of(compiled: Compiled, target: str) -> Report:
     work = program.family.flops(config.model, batch_size=samples, seq_length=seq_length) / mesh.size
     if compiled.step != "train":
         work /= 3  # forward alone
-    stored = jax.tree.leaves(program.stages.abstract_stored(program.abstract_state.params))
     return Report(
         model=config.model_family,
         target=target,
@@ -183,7 +181,7 @@ def report_of(compiled: Compiled, target: str) -> Report:
         mesh=f"{describe(mesh)}, zero={config.parallel.zero}",
         optimizer=config.optimizer.optimizer,
         recompute=_recompute(config.model),
-        parameters=sum(leaf.size for leaf in stored),
+        parameters=number_of_parameters(program.stages.abstract_stored(program.abstract_state.params)),
         samples=samples,
         tokens=samples * seq_length,
         num_microbatches=compiled.num_microbatches,

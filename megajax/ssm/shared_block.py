@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from megajax.config import ConfigError
 from megajax.ops.activations import ACTIVATIONS
 from megajax.ops.attention import AttentionMask
 from megajax.ops.rope import Rotary
+from megajax.parallel.gradient_sums import is_fp8_meta
 from megajax.parallel.sharding import constrain, merge_tokens
 from megajax.spec import Builder
 from megajax.ssm.mamba_config import MambaConfig
@@ -154,7 +156,13 @@ class SharedWeights(nn.Module):
         def init(key: Array) -> Tree:
             return _part(block.init(key, x_BSD, x_BSD, mask=AttentionMask())["params"], adapters=False)
 
-        return _tree_of_params(self, "weights", init)
+        weights = _tree_of_params(self, "weights", init)
+        if any(is_fp8_meta(path) for path in flatten_dict(weights)):
+            raise ConfigError(
+                "fp8_recipe='delayed' is not possible for blocks that layers share, whose largest magnitudes would add"
+                " up; use tensorwise"
+            )
+        return weights
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)

@@ -32,6 +32,7 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
     kernels.choose_linears(gpu, wanted)
     if wanted.fp8_format is not None and config.model.fp16:
         raise ConfigError(f"fp8_format={wanted.fp8_format!r} is not possible with fp16=True; use bf16=True")
+    _check_layers_in_bf16(config)
     if gpu is not None:
         strict = wanted.transformer_impl == "transformer_engine"
         # Where there is a GPU, JAX has its cuDNN, from whatever source.
@@ -43,7 +44,7 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
             strict=strict,
             cudnn_missing=missing,
             grouped_gemm_backend=wanted.grouped_gemm_backend,
-            fp8=wanted.fp8_format,
+            fp8=wanted.fp8,
         )
     for field, value, usual in (
         ("transformer_impl", wanted.transformer_impl, ("auto",)),
@@ -55,6 +56,22 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
                 f"{field}={value!r} needs an NVIDIA GPU, here is {device.device_kind}; use {field}='auto'"
             )
     return local
+
+
+def _check_layers_in_bf16(config: Config) -> None:
+    """What Megatron asks of `first_last_layers_bf16`."""
+    model = config.model
+    if not model.first_last_layers_bf16:
+        return
+    if config.kernels.fp8_recipe == "delayed":
+        raise ConfigError("first_last_layers_bf16=True is not possible with fp8_recipe='delayed'; use tensorwise")
+    most = model.num_layers // config.parallel.pipeline_model_parallel_size
+    counts = {name: getattr(model, name) for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")}
+    for name, count in counts.items():
+        if not 0 <= count <= most:
+            raise ConfigError(f"{name}={count} must lie between 0 and {most}, the layers of a pipeline stage")
+    if not any(counts.values()):
+        raise ConfigError("first_last_layers_bf16=True with 0 layers at start and end has no effect; leave it out")
 
 
 def _installed(package: str) -> bool:

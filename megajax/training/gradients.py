@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from megajax.config import Config, ConfigError
 from megajax.models.family import Family
 from megajax.parallel import sharding
+from megajax.parallel.gradient_sums import added
 from megajax.parallel.pipeline import Lockstep, pipeline_gradients, pipeline_loss
 from megajax.parallel.pipeline_pieces import BlockFn, Params, Path, Pieces, Work
 from megajax.parallel.pipeline_table import table_gradients
@@ -97,8 +98,7 @@ def accumulated_gradients(
             def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
                 index, microbatch = indexed
                 grads, loss_sum = microbatch_gradients(params, step_key, index, *microbatch)
-                total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry[0], grads)
-                return (constrain(total), carry[1] + loss_sum), None
+                return (constrain(added(carry[0], grads)), carry[1] + loss_sum), None
 
             zeros = constrain(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
             (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))

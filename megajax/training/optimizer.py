@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from megajax.config import OptimizerConfig
+from megajax.parallel.gradient_sums import is_fp8_meta, with_fp8_meta, without_fp8_meta
 from megajax.training.muon import muon_from_config
 
 Axes = tuple[str | None, ...]
@@ -67,16 +68,30 @@ def make_optimizer(
             return "frozen"
         return "balanced" if path[-1] == EXPERT_BIAS else "trained"
 
+    logical_axes = without_fp8_meta(logical_axes)
     roles = _map_with_names(role, logical_axes)
     optimizer = _make_optimizer(config, logical_axes)
     if set(jax.tree.leaves(roles)) == {"trained"}:
-        return optimizer
+        return _of_parameters(optimizer)
     parts: dict[Any, optax.GradientTransformation] = {
         "trained": optimizer,
         "balanced": balance_experts(bias_update_rate),
         "frozen": optax.set_to_zero(),
     }
-    return optax.partition(parts, roles)
+    return _of_parameters(optax.partition(parts, roles))
+
+
+def _of_parameters(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """`inner`, which does not see what is kept for fp8 beside the parameters, and changes nothing of it."""
+
+    def init(params: Any) -> Any:
+        return inner.init(without_fp8_meta(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        new, state = inner.update(without_fp8_meta(updates), state, without_fp8_meta(params), **extra_args)
+        return with_fp8_meta(new, jax.tree.map(jnp.zeros_like, updates)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _make_optimizer(config: OptimizerConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
@@ -215,9 +230,9 @@ def _map_with_names(function: Callable[[tuple[str, ...], Axes], Any], logical_ax
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The 2-norm of all leaves as one vector, accumulated in float32; counts of tokens are left out."""
+    """The 2-norm of all leaves as one vector, accumulated in float32; what is no gradient is left out."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for path, leaf in leaves if not _counts_tokens(path)]
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for path, leaf in leaves if not _is_none(path)]
     return jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 
@@ -234,10 +249,11 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
         return grads, norm
     coefficient = jnp.minimum(max_norm / (norm + 1e-6), 1.0)
     clipped = jax.tree_util.tree_map_with_path(
-        lambda path, g: g if _counts_tokens(path) else (g * coefficient).astype(g.dtype), grads
+        lambda path, g: g if _is_none(path) else (g * coefficient).astype(g.dtype), grads
     )
     return clipped, norm
 
 
-def _counts_tokens(path: Any) -> bool:
-    return bool(path) and path[-1] == jax.tree_util.DictKey(EXPERT_BIAS)
+def _is_none(path: Any) -> bool:
+    """Whether a "gradient" counts tokens, or is the magnitude of something."""
+    return is_fp8_meta(path) or (bool(path) and path[-1] == jax.tree_util.DictKey(EXPERT_BIAS))

@@ -22,6 +22,7 @@ from megajax.data.build import Datasets, Sizes
 from megajax.data.loader import Loader
 from megajax.data.tokenizers import Tokenizer, build_tokenizer
 from megajax.models.family import Family, Finished
+from megajax.parallel.gradient_sums import number_of_parameters
 from megajax.parallel.mesh import describe as mesh_axes
 from megajax.training.files import new_file
 from megajax.training.loop import Evaluator, Result, TrainingStopped, train
@@ -89,7 +90,7 @@ def run(config: Config, family: Family) -> int:
 def describe(program: Program, tokenizer: Tokenizer) -> str:
     """Two lines that say what is about to run, and with what."""
     stored = program.stages.abstract_stored(program.abstract_state.params)
-    params = sum(leaf.size for leaf in jax.tree.leaves(stored))
+    params = number_of_parameters(stored)
     mesh = mesh_axes(program.mesh)
     model, data = program.config.model, program.config.data
     device = jax.devices()[0]

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from megajax.config import Config
 from megajax.models.family import Family
+from megajax.parallel.gradient_sums import number_of_parameters
 from megajax.parallel.mesh import describe, fewest_devices, make_abstract_mesh
 from megajax.parallel.sharding import spec_of
 from megajax.training.blueprint import Blueprint, draw_up
@@ -53,10 +54,10 @@ def sharding_table(config: Config, family: Family, *, devices: int | None, prese
     mesh = make_abstract_mesh(config.parallel, devices)
     drawn = draw_up(config, family, mesh)
     rows, rest = rows_of(drawn)
-    stored = jax.tree.leaves(drawn.stages.abstract_stored(drawn.abstract_state.params))
+    stored = drawn.stages.abstract_stored(drawn.abstract_state.params)
     known = "" if devices == present else f"; this machine has {present}"
     head = (
-        f"{config.model_family}: {sum(leaf.size for leaf in stored):,} parameters in {config.model.params_dtype},"
+        f"{config.model_family}: {number_of_parameters(stored):,} parameters in {config.model.params_dtype},"
         f" optimizer {config.optimizer.optimizer}, zero={config.parallel.zero}\n"
         f"{devices} device{'s' * (devices > 1)}: {describe(mesh)}{known}\n"
     )

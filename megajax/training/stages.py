@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from megajax.checkpoint.tree import spread_evenly
 from megajax.config import Config, ConfigError
 from megajax.models.family import Family
+from megajax.parallel.gradient_sums import combine, combined_rows
 from megajax.parallel.pipeline_layout import parse_layout, split_layers
 from megajax.parallel.pipeline_pieces import Params, Path
 from megajax.parallel.sharding import is_box
@@ -222,7 +223,7 @@ class Stages:
         for tree, read in zip(gradients.staged, reads, strict=True):
             for path, leaf in flatten_dict(tree).items():
                 if any(path[: len(name)] == name for name in read):
-                    leaf = jnp.sum(leaf, axis=0) + merged.get(path, 0)  # type: ignore[arg-type]
+                    leaf = combine(path, merged.get(path, 0), combined_rows(path, leaf))  # type: ignore[arg-type]
                 merged[path] = leaf  # type: ignore[index]
         return unflatten_dict(merged)
 

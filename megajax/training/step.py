@@ -17,6 +17,7 @@ from megajax.training.gradients import Batch, GradientsFn
 from megajax.training.optimizer import clip_by_global_norm
 from megajax.training.schedules import Schedule
 from megajax.training.state import TrainState
+from megajax.transformer.fp8 import with_next_meta
 
 Array = jax.Array
 
@@ -97,7 +98,7 @@ def _make_apply_gradients(
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
-            return optax.apply_updates(params, updates), opt_state
+            return with_next_meta(config.kernels.fp8, optax.apply_updates(params, updates), grads), opt_state
 
         # No `cond`: it would be a wall between the gradients' last sums and the update, and return copies of the state.
         old = state.params, state.opt_state

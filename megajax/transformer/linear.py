@@ -8,11 +8,12 @@ from flax import linen as nn
 
 from megajax import kernels
 from megajax.config import TransformerConfig
-from megajax.config_kernels import Fp8Format
+from megajax.config_kernels import Fp8
 from megajax.kernels import Choice
 from megajax.ops.linear import linear
+from megajax.parallel.gradient_sums import FP8_META
 from megajax.parallel.sharding import constrain, constrain_gradient, gathered, merge_tokens
-from megajax.transformer.fp8 import fp8_product
+from megajax.transformer.fp8 import fp8_product, meta_shape
 
 Array = jax.Array
 
@@ -37,7 +38,26 @@ def zeros_init(axes: tuple[str, ...]) -> nn.initializers.Initializer:
     return nn.with_logical_partitioning(nn.initializers.zeros, axes)
 
 
-def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str], fp8: Fp8Format | None) -> Array:
+class _Fp8Linear(nn.Module):
+    """What the linears have in common."""
+
+    config: TransformerConfig
+    features: int
+    axis: str
+    use_bias: bool
+    fp8: Fp8 | None = None
+
+    def how(self) -> tuple[Fp8 | None, Array | None]:
+        """How it computes in fp8, and the parameter that delayed scaling needs."""
+        if self.fp8 is None or self.config.leaves_fp8_out:
+            return None, None
+        shape, init = meta_shape(self.fp8), zeros_init(("whole", "whole"))
+        return self.fp8, None if shape is None else self.param(FP8_META, init, shape, jnp.float32)
+
+
+def _linear(
+    x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str], fp8: Fp8 | None, meta: Array | None
+) -> Array:
     """`linear` that keeps, between forward and backward pass, its arguments as they lie.
 
     What is made of them for the product, a kernel that is cast or gathered by ZeRO-3, an x that is gathered from
@@ -45,8 +65,8 @@ def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str], 
     """
 
     if fp8 is not None:
-        kernels.record(Choice("linears", "fp8"))
-        y = fp8_product(fp8, axes, x, kernel)
+        kernels.record(Choice("linears", f"fp8-{fp8.recipe}"))
+        y = fp8_product(fp8, axes, x, kernel, meta)
         return y if bias is None else y + bias.astype(y.dtype)
 
     def product(x: Array, kernel: Array, bias: Array | None) -> Array:
@@ -58,7 +78,7 @@ def _linear(x: Array, kernel: Array, bias: Array | None, axes: tuple[str, str], 
     return jax.checkpoint(product, prevent_cse=False)(x, kernel, bias).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(_Fp8Linear):
     """`x @ kernel + bias` from the hidden size to `features`, whose dim is sharded as logical axis `axis`.
 
     Here x leaves sequence parallelism (arXiv:2205.05198): of x [B, S, I] the whole sequence is gathered.
@@ -67,12 +87,6 @@ class ColumnParallelLinear(nn.Module):
     in x's dtype, or in fp8.
     """
 
-    config: TransformerConfig
-    features: int
-    axis: str
-    use_bias: bool
-    fp8: Fp8Format | None = None
-
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = jnp.dtype(self.config.params_dtype)
@@ -80,21 +94,15 @@ class ColumnParallelLinear(nn.Module):
         init = normal_init(init_std(self.config), axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init((self.axis,)), (self.features,), dtype) if self.use_bias else None
-        return _linear(x, kernel, bias, axes, self.fp8)
+        return _linear(x, kernel, bias, axes, *self.how())
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Fp8Linear):
     """`x @ kernel + bias` back to the hidden size, from a dim that is sharded as logical axis `axis`.
 
     x [..., I] -> [..., features]. Kernel [I, features] and bias [features], in `params_dtype`. Computes
     in x's dtype, or in fp8.
     """
-
-    config: TransformerConfig
-    features: int
-    axis: str
-    use_bias: bool
-    fp8: Fp8Format | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -103,6 +111,7 @@ class RowParallelLinear(nn.Module):
         init = normal_init(output_init_std(self.config), axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init(("norm",)), (self.features,), dtype) if self.use_bias else None
-        y = _linear(x, kernel, bias, axes, self.fp8)
+        fp8, meta = self.how()
+        y = _linear(x, kernel, bias, axes, fp8, meta)
         # Gathered once for both of its products, where sequence parallelism has divided it.
-        return constrain_gradient(y, "batch", "seq", "act_embed") if y.ndim == 3 and self.fp8 is None else y
+        return constrain_gradient(y, "batch", "seq", "act_embed") if y.ndim == 3 and fp8 is None else y

@@ -23,6 +23,7 @@ from megajax.config import (
     TrainConfig,
     TransformerConfig,
 )
+from megajax.kernels import Choice
 from megajax.models.registry import FAMILIES
 from megajax.ops.attention import AttentionMask, dot_product_attention
 from megajax.ops.flash_attention import KERNELS, flash_attention
@@ -198,15 +199,18 @@ def test_values_of_latent_attention_are_not_padded() -> None:
 
 
 @on_h100
-@pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_linears_of_layers_are_fp8_where_they_are_asked_to_be(zero: int) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "zero"),
+    [("tensorwise", 3), ("delayed", 1), pytest.param("tensorwise", 1, marks=pytest.mark.slow)],
+)
+def test_linears_of_layers_are_fp8_where_they_are_asked_to_be(recipe: str, zero: int) -> None:
     """q, k, v, proj, fc1 and fc2, forward and both gradients; the head's three products are not. ZeRO-3's weights are
     gathered in fp8; under sequence parallelism there are no more collectives than without fp8, but for scales."""
     parallel = {"zero": 3} if zero == 3 else {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    program, batch = build(absent_gpus(2), {"fp8_format": "hybrid"}, {}, **parallel)
+    program, batch = build(absent_gpus(2), {"fp8_format": "hybrid", "fp8_recipe": recipe}, {}, **parallel)
     with on_mesh(program):
         choices = kernels_of_step(program.train_step, program.abstract_state, batch)
-        assert "linears: fp8, by cuBLASLt" in describe_kernels(choices)
+        assert Choice("linears", f"fp8-{recipe}") in choices
         lowered = program.train_step.lower(program.abstract_state, batch)  # pyright: ignore[reportFunctionMemberAccess]
         text = lowered.compile().as_text()
     assert Counter(re.findall(r'custom_call_target="(__cublas[^"]*)"', text)) == {

@@ -1,0 +1,249 @@
+"""Training in fp8 on simulated devices: every layout computes the same, a resumed run goes on with the same bits."""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megajax import cli
+from megajax.backends import LocalSpecProvider, TESpecProvider
+from megajax.checkpoint import CheckpointStore
+from megajax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KernelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TransformerConfig,
+)
+from megajax.models.registry import FAMILIES
+from megajax.parallel.gradient_sums import FP8_META
+from megajax.training import blueprint
+from megajax.training.setup import Program, build_program, on_mesh, place_batch
+
+VOCAB, SEQ, BATCH, STEPS = 64, 16, 8, 3
+DELAYED = KernelConfig(
+    fp8_format="hybrid", fp8_recipe="delayed", fp8_amax_history_len=3, fp8_amax_compute_algo="max", fp8_margin=1
+)
+TENSORWISE = KernelConfig(fp8_format="hybrid", fp8_recipe="tensorwise")
+
+
+@pytest.fixture(autouse=True)
+def fp8_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA computes the same products on a CPU; nobody would want it, so that only a test can ask for it."""
+
+    def choose(config: Config, mesh: Any) -> Any:
+        del mesh
+        parallel = config.parallel
+        local = LocalSpecProvider(cp_comm_type=parallel.cp_comm_type, zigzag=parallel.zigzag)
+        return TESpecProvider(local=local, gpu=None, fp8=config.kernels.fp8)
+
+    monkeypatch.setattr(blueprint, "choose_backend", choose)
+
+
+def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, **parallel: Any) -> Config:
+    architecture: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "vocab_size": VOCAB,
+        "make_vocab_size_divisible_by": 64,
+        "position_embedding_type": "rope",
+        "init_method_std": 0.3,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    return Config(
+        model_family="gpt",
+        model=TransformerConfig(**{**architecture, **(model or {})}),
+        parallel=ParallelConfig(**parallel),
+        kernels=kernels,
+        optimizer=OptimizerConfig(lr=0.01, lr_decay_style="constant", weight_decay=0.5),
+        data=DataConfig(seq_length=SEQ),
+        train=TrainConfig(micro_batch_size=mbs, global_batch_size=BATCH),
+    )
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(5)
+    made = []
+    for _ in range(STEPS):
+        text = rng.integers(VOCAB, size=(BATCH, SEQ + 1)).astype(np.int32)
+        index = np.broadcast_to(np.arange(SEQ, dtype=np.int32), text[:, 1:].shape)
+        mask = (rng.random(index.shape) < 0.8).astype(np.float32)
+        made.append({"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "position_ids": index})
+    return made
+
+
+def steps(program: Program, state: Any, data: list[dict[str, np.ndarray]]) -> tuple[Any, np.ndarray]:
+    """(state after them, [steps, 2] of losses and gradient norms)."""
+    seen = []
+    with on_mesh(program):
+        for batch in data:
+            placed = place_batch(program, batch, num_microbatches=program.batches.at(0).num_microbatches)
+            state, metrics = program.train_step(state, placed)
+            seen.append((float(metrics.loss), float(metrics.grad_norm)))
+    return state, np.array(seen)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def train(config: Config, devices: int = 8) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(losses and gradient norms, final parameters by path)."""
+    program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:devices])
+    state, seen = steps(program, program.create_state(), batches())
+    return seen, named(program.stages.to_stored(state.params))
+
+
+@functools.cache
+def one_device(kernels: KernelConfig, mbs: int) -> Any:
+    return train(config_of(kernels, mbs=mbs), devices=1)
+
+
+DP4 = {"devices": 4, "mbs": 1, "zero": 0}  # replicas that add up their own gradients
+SP2 = {"devices": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, "mbs": 4}
+PP2 = {"devices": 4, "pipeline_model_parallel_size": 2, "mbs": 1}
+LAYOUTS: list[tuple[KernelConfig, dict[str, Any]]] = [
+    (DELAYED, DP4),
+    (DELAYED, SP2),
+    (DELAYED, PP2),
+    (DELAYED, {"devices": 4, "mbs": 1, "zero": 3}),
+    (DELAYED, {"devices": 8, "tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero": 2}),
+    (DELAYED, {"devices": 2, "pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
+    (DELAYED, {"devices": 2, "pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}),
+    (DELAYED, {"devices": 4, "pipeline_model_parallel_size": 4, "pipeline_schedule": "zb-h1"}),
+    (DELAYED, {"devices": 4, "pipeline_model_parallel_size": 2, "pipeline_engine": "table", "mbs": 1}),
+    (TENSORWISE, PP2),
+]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "layout"),
+    LAYOUTS,
+    ids=["-".join([kernels.fp8_recipe, *(f"{k}{v}" for k, v in layout.items())]) for kernels, layout in LAYOUTS],
+)
+def test_every_layout_computes_the_same(kernels: KernelConfig, layout: dict[str, Any]) -> None:
+    """But for sums in another order, after which a number may round to its other neighbour in fp8, 1/16 away."""
+    layout = dict(layout)
+    devices, mbs = layout.pop("devices"), layout.pop("mbs", 2)
+    found = train(config_of(kernels, mbs=mbs, **layout), devices)
+    # tensorwise: the tensors are those of a microbatch, whose samples therefore have to be the same.
+    model_parallel = [size for name, size in layout.items() if name.endswith("parallel_size")]
+    wanted = one_device(kernels, mbs * devices // math.prod(model_parallel))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=5e-3)
+    assert found[1].keys() == wanted[1].keys()
+    scales = [name for name in wanted[1] if name.endswith(FP8_META)]
+    assert len(scales) == (6 if kernels is DELAYED else 0)
+    for name in scales:
+        np.testing.assert_allclose(found[1][name], wanted[1][name], rtol=0.2, err_msg=name)
+
+
+def test_the_state_of_delayed_scaling() -> None:
+    """One entry a step, the newest first, of what each tensor held; no optimizer sees it, evaluation leaves it be."""
+    program = build_program(config_of(DELAYED), FAMILIES["gpt"], devices=jax.devices()[:1])
+    state = program.create_state()
+    assert not any(FP8_META in name for name in named(state.opt_state))
+    kernels, metas, norms = [], [], []
+    for batch in batches():
+        kernels.append(named(state.params)["decoder/layers/mlp/linear_fc1/kernel"])
+        state, seen = steps(program, state, [batch])
+        metas.append(named(state.params)["decoder/layers/mlp/linear_fc1/fp8_meta"])
+        norms.append(seen[0, 1])
+    assert metas[0].shape == (4, 3, 1 + 3)
+    np.testing.assert_array_equal(metas[0][:, :, 2:], 0)
+    for before, after in itertools.pairwise(metas):
+        np.testing.assert_array_equal(after[:, :, 2:], before[:, :, 1:3])
+    for step, kernel in enumerate(kernels):
+        np.testing.assert_array_equal(metas[step][:, 1, 1], np.abs(kernel).max(axis=(1, 2)))
+        for row, largest in enumerate((448, 448, 57344)):  # margin 1; the largest of all three steps
+            scale = metas[step][:, row, 1:].max(axis=1) / np.float32(largest) * 2
+            np.testing.assert_allclose(metas[step][:, row, 0], scale, rtol=1e-6)
+    assert max(norms) < 100  # of gradients alone: inputs of layers have magnitudes beyond it, were they all added up
+    with on_mesh(program):
+        placed = place_batch(program, batches()[0], num_microbatches=4)
+        loss = program.eval_step(state.params, placed)[0]
+    assert np.isfinite(float(loss))
+
+
+def test_a_skipped_step_leaves_the_scales_alone() -> None:
+    config = config_of(DELAYED)
+    program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:1])
+    state, _ = steps(program, program.create_state(), batches()[:1])
+    broken = jax.tree.map(jnp.copy, state)
+    broken.params["embedding"]["word_embeddings"]["embedding"] *= np.nan
+    before = named(broken.params)
+    after, _ = steps(program, broken, batches()[1:2])
+    for name, value in named(after.params).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def store(config: Config, program: Program, folder: Path) -> CheckpointStore:
+    return CheckpointStore.open(
+        folder,
+        CheckpointConfig(async_save=False),
+        family="gpt",
+        model_config=cli.to_json(config)["model"],
+        logical_axes=program.axes,
+    )
+
+
+def restored(config: Config, folder: Path, devices: int) -> tuple[Program, Any]:
+    program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:devices])
+    with store(config, program, folder) as place:
+        stored, _ = place.restore(program.stages.abstract_stored(program.abstract_state))
+    return program, program.stages.from_stored(stored, program.abstract_state)
+
+
+def test_resumes_with_the_same_bits_and_on_another_mesh(tmp_path: Path) -> None:
+    config = config_of(DELAYED)
+    program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:1])
+    state, _ = steps(program, program.create_state(), batches()[:2])
+    with store(config, program, tmp_path) as place:
+        place.save(2, program.stages.to_stored(state), {})
+    saved, (uninterrupted, _) = named(state.params), steps(program, state, batches()[2:])
+    resumed, _ = steps(*restored(config, tmp_path, 1), batches()[2:])
+    for name, value in named(uninterrupted).items():
+        np.testing.assert_array_equal(named(resumed)[name], value, err_msg=name)
+
+    staged = config_of(DELAYED, pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=1)
+    program, elsewhere = restored(staged, tmp_path, 4)
+    for name, value in named(program.stages.to_stored(elsewhere.params)).items():
+        np.testing.assert_array_equal(value, saved[name], err_msg=name)
+
+    # A run that does not compute in fp8 takes the rest, and what it saves begins without scales.
+    plain = config_of(KernelConfig())
+    program, without = restored(plain, tmp_path, 1)
+    assert not any(FP8_META in name for name in named(without))
+    with store(plain, program, tmp_path / "plain") as place:
+        place.save(2, program.stages.to_stored(without), {})
+    _, again = restored(config, tmp_path / "plain", 1)
+    for name, value in named(again.params).items():
+        np.testing.assert_array_equal(value, 0 if FP8_META in name else saved[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kernels", [TENSORWISE, DELAYED], ids=lambda kernels: kernels.fp8_recipe)
+def test_learns_as_well_as_without(kernels: KernelConfig) -> None:
+    """Of the same batch seen again and again; delayed scaling begins with scales of 1."""
+    losses = {}
+    for name, wanted in (("fp8", kernels), ("fp32", KernelConfig())):
+        config = config_of(wanted, mbs=8, model={"init_method_std": 0.05})
+        program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:1])
+        _, seen = steps(program, program.create_state(), batches()[:1] * 20)
+        losses[name] = seen[:, 0]
+    assert losses["fp32"][-1] < 0.6 * losses["fp32"][0]
+    np.testing.assert_allclose(losses["fp8"], losses["fp32"], atol=0.15, rtol=0)  # nats
