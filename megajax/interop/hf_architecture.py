@@ -96,9 +96,10 @@ class Architecture:
         return config
 
     def write_config(self, config: TransformerConfig) -> dict[str, Any]:
-        """TransformerConfig -> config.json. The token ids are unknown here, and null is better than a wrong default."""
+        """TransformerConfig -> config.json. Token ids that a model does not read are unknown here, and null is better
+        than a wrong default."""
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        return {"architectures": [self.name], "model_type": self.model_type} | self.write(config) | tokens
+        return {"architectures": [self.name], "model_type": self.model_type} | tokens | self.write(config)
 
     def current_name(self, name: str) -> str:
         """The name that a tensor of a file has in `plan`."""

@@ -84,11 +84,13 @@ class TransformerBlock(nn.Module):
         rows: Mapping[str, StackRows] | None = None,
         final_norm: bool = True,
         num_layers: int | None = None,
+        first_layer: int = 0,
     ) -> Array:
         """Runs all layers and the final norm; or, for a pipeline, a part of it.
 
         Args:
           num_layers: stop after so many layers, without the norm; the others have no gradient. None: all.
+          first_layer: with num_layers, the layer to begin with.
           rows: for each stack, which of its layers the parameters given to `apply` hold; {} runs no layer.
           final_norm: False leaves the norm out.
         """
@@ -113,7 +115,7 @@ class TransformerBlock(nn.Module):
             if self.is_initializing():
                 continue  # parameters do not depend on the activations; their shapes are all that init needs
             if num_layers is not None:
-                segment, variables = _first_layers(segment, variables, num_layers)
+                segment, variables = _layers_between(segment, variables, first_layer, num_layers)
             x_BSD, (caches, outputs, contexts) = _run_segment(segment, layers, variables, x_BSD, run, cfg)
             run = run.behind(contexts)
             for stack, cache, output in zip(segment.stacks, caches, outputs, strict=True):
@@ -205,14 +207,23 @@ def _apply_layer(
     return x_BSD, cache, context
 
 
-def _first_layers(segment: Segment, variables: tuple[Tree, ...], count: int) -> tuple[Segment, tuple[Tree, ...]]:
-    """The part of a segment, and of its variables, that lies in the first `count` layers of the whole stack."""
+def _layers_between(
+    segment: Segment, variables: tuple[Tree, ...], start: int, stop: int
+) -> tuple[Segment, tuple[Tree, ...]]:
+    """The part of a segment, and of its variables, that lies in layers [start, stop) of the whole stack."""
     first, width = segment.stacks[0].first, len(segment.stacks)
-    repeats = min(segment.repeats, -(-max(0, count - first) // width))
-    if repeats < segment.repeats and repeats * width != max(0, count - first):
-        raise ConfigError(f"num_layers={count} would end within a pattern of {width} layers; choose a multiple")
-    stacks = tuple(stack._replace(repeats=repeats) for stack in segment.stacks)
-    return Segment(stacks, repeats), jax.tree.map(lambda a: a[:repeats], variables)
+
+    def repeats_before(layer: int) -> int:
+        repeats = min(segment.repeats, -(-max(0, layer - first) // width))
+        if repeats < segment.repeats and repeats * width != max(0, layer - first):
+            raise ConfigError(f"num_layers={layer} would end within a pattern of {width} layers; choose a multiple")
+        return repeats
+
+    begin, end = repeats_before(start), repeats_before(stop)
+    stacks = tuple(
+        stack._replace(first=stack.first + begin * stack.period, repeats=end - begin) for stack in segment.stacks
+    )
+    return Segment(stacks, end - begin), jax.tree.map(lambda a: a[begin:end], variables)
 
 
 Step = Callable[[Array, Tree], tuple[Array, Tree]]

@@ -9,6 +9,9 @@ import torch
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     LlavaConfig,
@@ -20,6 +23,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    ViTForImageClassification,
     ViTModel,
 )
 
@@ -131,3 +135,26 @@ save("siglip_vision_cropped", SiglipVisionModel(SiglipVisionConfig(**cropped)), 
 save("vit_without_pooler", ViTModel(ViTConfig(**vision), add_pooling_layer=False), pixel_values=images)
 projected = CLIPVisionConfig(**vision, projection_dim=7)
 save("clip_vision_projected", CLIPVisionModelWithProjection(projected), pixel_values=images)
+
+captions = rng.integers(3, 38, size=(2, 9))
+captions[0, 5:] = captions[1, 8] = 39
+seen = (np.cumsum(captions == 39, axis=1) <= 1).astype(np.int64)
+words = {**text, **special}
+save(
+    "clip_text",
+    CLIPTextModel(CLIPTextConfig(**words, eos_token_id=2)),
+    input_ids=captions,
+    attention_mask=seen,
+)
+alone = CLIPTextConfig(**words, eos_token_id=39, projection_dim=7)
+save("clip_text_projected", CLIPTextModelWithProjection(alone), input_ids=captions)
+classes = ViTConfig(**vision, num_labels=5)
+save("vit_classifier", ViTForImageClassification(classes), pixel_values=images, labels=np.array([4, 0, 2]))
+several = LlavaConfig(
+    vision_config={**vision, "num_hidden_layers": 3, "model_type": "clip_vision_model"},
+    text_config={**language, "model_type": "llama"},
+    image_token_index=39,
+    image_seq_length=9,
+    vision_feature_layer=[-2, 1, -2, 3],  # neither in order nor each once
+)
+save("llava_several_layers", LlavaForConditionalGeneration(several), input_ids=ids, pixel_values=images)

@@ -89,8 +89,9 @@ class LLaVAConfig(MambaConfig):
     vision_interpolate_align_corners: bool = True
     vision_use_mask_token: bool = False
     """The last five, of towers of type radio only; see `RADIOConfig`."""
-    vision_feature_layer: int | None = None
-    """Layers whose output is used: so many, or counted from the end, -1 being all; None: all and the final norm."""
+    vision_feature_layer: int | tuple[int, ...] | None = None
+    """Layers whose output is used: so many, or counted from the end, -1 being all; None: all and the final norm. Of
+    several, the outputs stand side by side."""
     drop_vision_class_token: bool = False
     """Whether the language model sees only patches."""
 
@@ -134,8 +135,9 @@ class LLaVAConfig(MambaConfig):
             self._derive(f"vision_{name}", value)
         require(self.mtp_num_layers is None, f"mtp_num_layers={self.mtp_num_layers} is not possible here; drop it")
         layers = self.vision_feature_layer
+        require(layers != (), "vision_feature_layer=() names no layer; leave it out")
         require(
-            layers is None or -self.vision_num_layers - 1 <= layers <= self.vision_num_layers,
+            all(0 <= count <= self.vision_num_layers for count in self.vision_layers_used or ()),
             f"vision_feature_layer={layers} is not among the outputs of vision_num_layers={self.vision_num_layers}",
         )
         tower = self.vision_config  # validates the tower
@@ -256,10 +258,14 @@ class LLaVAConfig(MambaConfig):
         )
 
     @property
-    def vision_layers_used(self) -> int | None:
-        """How many of the tower's layers are run, without its final norm; None: all of them, and the norm."""
-        layers = self.vision_feature_layer
-        return layers if layers is None or layers >= 0 else self.vision_num_layers + 1 + layers
+    def vision_layers_used(self) -> tuple[int, ...] | None:
+        """After how many of the tower's layers its output is used, without its final norm; None: all, and the norm."""
+        layers, end = self.vision_feature_layer, self.vision_num_layers + 1
+        if layers is None:
+            return None
+        return tuple(
+            layer if layer >= 0 else end + layer for layer in ((layers,) if isinstance(layers, int) else layers)
+        )
 
     @property
     def img_seq_len(self) -> int:

@@ -176,9 +176,10 @@ def example_inputs(config: LLaVAConfig, batch: int, seq_length: int) -> tuple[An
 def flops(config: LLaVAConfig, *, batch_size: int, seq_length: int) -> int:
     """Model FLOPs of a training step with one tile a sample; seq_length: what the language model sees."""
     tower, projection = config.vision_config, config.projection_config
-    of_images = tower_flops(tower, tower.num_image_tokens, num_layers=config.vision_layers_used)
+    used = config.vision_layers_used
+    of_images = tower_flops(tower, tower.num_image_tokens, num_layers=None if used is None else max(used))
     of_images += 6 * tower.num_patches * tower.patch_features * tower.hidden_size
-    width = tower.hidden_size * (4 if config.pixel_shuffle else 1)
+    width = tower.hidden_size * len(used or (0,)) * (4 if config.pixel_shuffle else 1)
     assert projection.ffn_hidden_size is not None
     if config.vision_projection_type == "mlp":
         width = projection.ffn_hidden_size * (width * (2 if projection.gated_linear_unit else 1) + config.hidden_size)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from megajax.config import ConfigError
+from megajax.config import ConfigError, to_tuple
 from megajax.interop.hf_architecture import Architecture, Tensor, decoder_plan, rows_plan
 from megajax.interop.hf_choice import choose
 from megajax.interop.hf_fields import ACTIVATION_NAMES, Fields
@@ -57,9 +57,7 @@ _DEFAULTS: dict[str, Any] = {
 def _read(fields: Fields) -> dict[str, Any]:
     kind, tower = _read_tower(fields)
     text = _read_text(fields)
-    layer = fields.take("vision_feature_layer")
-    if not isinstance(layer, int):
-        raise ConfigError(f"config.json: vision_feature_layer={layer} is not supported; it must be one layer")
+    layer = to_tuple(fields.take("vision_feature_layer"))
     strategy = fields.take("vision_feature_select_strategy")
     if strategy not in ("default", "full") or (strategy == "default" and tower.class_token_len == 0):
         raise ConfigError(

@@ -256,6 +256,8 @@ class LLaVAModel(nn.Module):
         """Tiles [N, C, H, W] -> embeddings [N, P, D] as the language model sees them, without tags."""
         cfg = self.config
         x_NPE = self.vision_model(images, num_layers=cfg.vision_layers_used, deterministic=deterministic)
+        if isinstance(x_NPE, tuple):
+            x_NPE = jnp.concatenate(x_NPE, axis=-1)
         if cfg.drop_vision_class_token:
             x_NPE = x_NPE[:, cfg.vision_config.class_token_len :]
         if cfg.pixel_shuffle:

@@ -40,13 +40,32 @@ class CLIPConfig(VisionConfig):
     logit_bias_init: float = -10.0
     """For the sigmoid loss only."""
 
+    text_only: bool = False
+    """The model is its text tower alone, projected if there is a `projection_dim`; the image tower's options are not
+    read."""
+    num_classes: int | None = None
+    """The model is its image tower with a linear head for so many classes on what is pooled."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "text_num_layers", "text_hidden_size", "text_num_attention_heads")
-        require_positive(self, "text_ffn_hidden_size", "projection_dim")
-        if self.text_num_layers is None and self.projection_dim is None:
+        require_positive(self, "text_ffn_hidden_size", "projection_dim", "num_classes")
+        require(
+            not self.text_only or self.text_num_layers is not None,
+            "text_only=True needs a text tower; set text_num_layers",
+        )
+        alone = self.text_num_layers is None and self.projection_dim is None
+        require(
+            self.num_classes is None or (alone and self.pooler != "none"),
+            f"num_classes={self.num_classes} needs an image tower alone, with a pooler; leave out text_num_layers and"
+            " projection_dim, and set pooler",
+        )
+        if alone:
             return
-        require(self.pooler != "none", "pooler='none' leaves no image features to compare with texts; choose another")
+        require(
+            self.text_only or self.pooler != "none",
+            "pooler='none' leaves no image features to compare with texts; choose another",
+        )
         require(
             self.text_pooling != "eos" or self.eos_token_id is not None,
             "text_pooling='eos' needs eos_token_id; set it or use 'highest'",

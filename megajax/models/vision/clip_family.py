@@ -63,10 +63,21 @@ DEFAULT = Config(
 
 
 def build_model(config: CLIPConfig, backend: BackendSpecProvider) -> nn.Module:
-    """Both towers, or the image tower alone, projected or not, if there is no text tower in the config."""
-    from megajax.models.vision.clip_model import CLIPModel, CLIPVisionModelWithProjection
+    """Both towers, or one alone, projected or not, as the config says; or a classifier of images."""
+    from megajax.models.vision.clip_model import (
+        CLIPModel,
+        CLIPTextModelWithProjection,
+        CLIPTextTransformer,
+        CLIPVisionModelWithProjection,
+    )
     from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
+    from megajax.models.vision.image_classifier import ImageClassifier
 
+    if config.text_only:
+        alone = CLIPTextTransformer if config.projection_dim is None else CLIPTextModelWithProjection
+        return alone(config, backend)
+    if config.num_classes is not None:
+        return ImageClassifier(config, backend)
     if config.text_num_layers is not None:
         return CLIPModel(config, backend)
     if config.projection_dim is not None:
@@ -95,6 +106,8 @@ def fit(config: Config, tokenizer: Tokenizer) -> Config:
     assert isinstance(model, CLIPConfig)
     if model.text_num_layers is None:
         raise ConfigError("text_num_layers=None leaves nothing to compare images with; give the text tower's layers")
+    if model.text_only:
+        raise ConfigError("text_only=True leaves nothing to compare texts with; drop it")
     vision_data.refuse_text(config)
     refuse_context_parallelism(config)
     config = dataclasses.replace(config, model=language.fit_vocabulary(config, tokenizer))
@@ -119,7 +132,10 @@ def example_inputs(config: CLIPConfig, batch: int, seq_length: int) -> tuple[Any
     import jax.numpy as jnp
 
     images = jnp.zeros((batch, config.num_channels, config.img_h, config.img_w))
-    return (images,) if config.text_num_layers is None else (images, jnp.zeros((batch, seq_length), jnp.int32))
+    texts = jnp.zeros((batch, seq_length), jnp.int32)
+    if config.text_only:
+        return (texts,)
+    return (images,) if config.text_num_layers is None else (images, texts)
 
 
 def flops(config: CLIPConfig, *, batch_size: int, seq_length: int) -> int:
@@ -170,9 +186,10 @@ def epilogue(finished: Finished) -> Iterable[str]:
 def hf() -> tuple[Architecture, ...]:
     """CLIP, SigLIP and ViT."""
     from megajax.models.vision.clip_hf import ARCHITECTURES
-    from megajax.models.vision.vit_hf import VIT
+    from megajax.models.vision.clip_text_hf import TEXT_TOWERS
+    from megajax.models.vision.vit_hf import VIT, VIT_CLASSIFIER
 
-    return (*ARCHITECTURES, VIT)
+    return (*ARCHITECTURES, *TEXT_TOWERS, VIT, VIT_CLASSIFIER)
 
 
 def megatron() -> MegatronWeights:

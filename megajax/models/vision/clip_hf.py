@@ -25,7 +25,10 @@ Shapes = Mapping[str, Any]
 def example_inputs(config: CLIPConfig) -> tuple[Any, ...]:
     """Arguments of `model.init`."""
     images = jax.ShapeDtypeStruct((1, config.num_channels, config.img_h, config.img_w), jnp.float32)
-    return (images,) if config.text_num_layers is None else (images, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    texts = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    if config.text_only:
+        return (texts,)
+    return (images,) if config.text_num_layers is None else (images, texts)
 
 
 def linear_rows(name: str, part: str) -> tuple[Row, Row]:
@@ -137,16 +140,20 @@ def lifted(folder: str, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def text_plan(config: CLIPConfig, layer_specs: Sequence[Any], leaves: Shapes, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a text tower. leaves: by their paths in the tower."""
+    text = config.text_config
+    plan = rows_plan(_TEXT_ROWS, leaves, text, prefix)
+    return plan | layer_plan(CLIP_LAYER, leaves, text, layer_specs, prefix)
+
+
 def _pair_plan(architecture: Any, config: CLIPConfig, model: Any, leaves: Shapes, prefix: str) -> dict[str, Tensor]:
     del prefix
     sigmoid = config.contrastive_loss == "sigmoid"
     tower = CLIPVisionTransformer(config, backend=model.backend)
     vision = tower_plan(config, tower.layer_specs, below("vision_model/", leaves), "vision_model.")
-    text = config.text_config
-    states = below("text_model/", leaves)
-    plan = rows_plan(_TEXT_ROWS, states, text, "text_model.")
-    plan |= layer_plan(CLIP_LAYER, states, text, text_layer_specs(config, model.backend), "text_model.")
-    plan = lifted("vision_model/", vision) | lifted("text_model/", plan)
+    text = text_plan(config, text_layer_specs(config, model.backend), below("text_model/", leaves), "text_model.")
+    plan = lifted("vision_model/", vision) | lifted("text_model/", text)
     head = "text_model.head" if sigmoid else "text_projection"
     plan |= rows_plan(linear_rows(head, "text_projection"), leaves, config)
     plan |= rows_plan(linear_rows("visual_projection", "visual_projection"), leaves, config)
@@ -268,7 +275,7 @@ SIGLIP_TOWER_DEFAULTS: dict[str, Any] = CLIP_TOWER_DEFAULTS | {
     "layer_norm_eps": 1e-6,
     "vision_use_head": True,
 }
-_TEXT_DEFAULTS: dict[str, Any] = {
+TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -282,7 +289,7 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "initializer_factor": 1.0,
     "eos_token_id": 49407,
 }
-_SIGLIP_TEXT_DEFAULTS: dict[str, Any] = _TEXT_DEFAULTS | {
+_SIGLIP_TEXT_DEFAULTS: dict[str, Any] = TEXT_DEFAULTS | {
     "vocab_size": 32000,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -302,7 +309,7 @@ def part_of(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
     return Fields(values or {}, defaults)
 
 
-def _read_text(fields: Fields) -> dict[str, Any]:
+def read_text(fields: Fields) -> dict[str, Any]:
     for name in ("attention_dropout", "initializer_range", "initializer_factor"):
         fields.number(name)  # of training; the image tower's count for both
     fields.optional("projection_dim")
@@ -319,7 +326,7 @@ def _read_text(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _write_text(config: CLIPConfig) -> dict[str, Any]:
+def write_text(config: CLIPConfig) -> dict[str, Any]:
     if config.text_num_layers is None:
         raise ConfigError("text_num_layers=None: it needs a text tower")
     text = config.text_config
@@ -336,18 +343,28 @@ def _write_text(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
+def read_pooling(fields: Fields) -> dict[str, Any]:
+    """Which token stands for a text."""
+    eos = fields.take("eos_token_id")
+    # Files that say 2 are older than the rule; their texts end with the highest id.
+    return {"text_pooling": "highest"} if eos == 2 else {"text_pooling": "eos", "eos_token_id": eos}
+
+
+def written_eos(config: CLIPConfig) -> int | None:
+    """Inverse of `read_pooling`."""
+    return 2 if config.text_pooling == "highest" else config.eos_token_id
+
+
 def _read_clip(fields: Fields) -> dict[str, Any]:
     vision, text = (
         part_of(fields, name, defaults)
-        for name, defaults in (("vision_config", CLIP_TOWER_DEFAULTS), ("text_config", _TEXT_DEFAULTS))
+        for name, defaults in (("vision_config", CLIP_TOWER_DEFAULTS), ("text_config", TEXT_DEFAULTS))
     )
     for name in ("vision_config_dict", "text_config_dict"):
         fields.optional(name)  # repeats the objects above
     fields.number("initializer_factor")
-    arguments = read_clip_tower(vision) | _read_text(text)
-    eos = text.take("eos_token_id")
-    # Files that say 2 are older than the rule; their texts end with the highest id.
-    pooling = {"text_pooling": "highest"} if eos == 2 else {"text_pooling": "eos", "eos_token_id": eos}
+    arguments = read_clip_tower(vision) | read_text(text)
+    pooling = read_pooling(text)
     vision.finish()
     text.finish()
     scale = fields.number("logit_scale_init_value")
@@ -355,11 +372,11 @@ def _read_clip(fields: Fields) -> dict[str, Any]:
 
 
 def _write_clip(config: CLIPConfig) -> dict[str, Any]:
-    eos = 2 if config.text_pooling == "highest" else config.eos_token_id
+    eos = written_eos(config)
     projection = {"projection_dim": config.projection_dim}
     return {
         "vision_config": {"model_type": "clip_vision_model"} | write_clip_tower(config) | projection,
-        "text_config": {"model_type": "clip_text_model"} | _write_text(config) | projection | {"eos_token_id": eos},
+        "text_config": {"model_type": "clip_text_model"} | write_text(config) | projection | {"eos_token_id": eos},
         "logit_scale_init_value": config.logit_scale_init,
         **projection,
     }
@@ -369,7 +386,7 @@ def _read_siglip(fields: Fields) -> dict[str, Any]:
     vision = part_of(fields, "vision_config", SIGLIP_TOWER_DEFAULTS)
     text = part_of(fields, "text_config", _SIGLIP_TEXT_DEFAULTS)
     fields.number("initializer_factor")
-    arguments = read_siglip_tower(vision) | _read_text(text)
+    arguments = read_siglip_tower(vision) | read_text(text)
     size = text.take("projection_size")
     if size not in (None, arguments["hidden_size"]):
         raise ConfigError(
@@ -382,7 +399,7 @@ def _read_siglip(fields: Fields) -> dict[str, Any]:
 
 
 def _write_siglip(config: CLIPConfig) -> dict[str, Any]:
-    text = _write_text(config) | {"projection_size": config.hidden_size}
+    text = write_text(config) | {"projection_size": config.hidden_size}
     return {
         "vision_config": {"model_type": "siglip_vision_model"} | write_siglip_tower(config),
         "text_config": {"model_type": "siglip_text_model"} | text,

@@ -85,7 +85,7 @@ def write_config(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _require_tower_alone(config: CLIPConfig) -> None:
-    for name in ("text_num_layers", "projection_dim"):
+    for name in ("text_num_layers", "projection_dim", "num_classes"):
         value = getattr(config, name)
         if value is not None:
             raise ConfigError(f"{name}={value} has no counterpart in Megatron, whose CLIP is an image tower alone")

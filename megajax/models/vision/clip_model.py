@@ -99,6 +99,31 @@ class CLIPTextTransformer(nn.Module):
         return jnp.argmax(tokens if cfg.text_pooling == "highest" else tokens == cfg.eos_token_id, axis=1)
 
 
+class CLIPTextModelWithProjection(nn.Module):
+    """A text tower and its projection to the space in which `CLIPModel` compares texts with images.
+
+    Example:
+      >>> features = model.apply(variables, tokens, pooled=True)  # [T, projection_dim], not of length 1
+    """
+
+    config: CLIPConfig
+    backend: BackendSpecProvider = LocalSpecProvider()
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.text_model = CLIPTextTransformer(cfg, self.backend)
+        self.text_projection = Projection(cfg.text_config, cfg.embedding_dim, use_bias=False)
+
+    def __call__(
+        self, tokens: Array, *, attention_mask: Array | None = None, pooled: bool = False, deterministic: bool = True
+    ) -> Array:
+        """tokens int [T, S] -> states [T, S, D], as the tower's; or one projected vector a text, [T, E]."""
+        if not pooled and not self.is_initializing():
+            return self.text_model(tokens, attention_mask=attention_mask, deterministic=deterministic)
+        x_TD = self.text_model(tokens, attention_mask=attention_mask, pooled=True, deterministic=deterministic)
+        return self.text_projection(x_TD)
+
+
 class CLIPOutput(NamedTuple):
     """logits_per_image [B, T], logits_per_text [T, B]; image_embeds [B, E], text_embeds [T, E], of length 1; fp32."""
 

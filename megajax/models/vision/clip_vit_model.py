@@ -2,6 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, C channels, H height, W width, P patches, S tokens, D hidden
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -38,13 +40,18 @@ class CLIPVisionTransformer(VisionModule):
         self.setup_tower()
 
     def __call__(
-        self, images: Array, *, pooled: bool = False, num_layers: int | None = None, deterministic: bool = True
-    ) -> Array:
+        self,
+        images: Array,
+        *,
+        pooled: bool = False,
+        num_layers: int | tuple[int, ...] | None = None,
+        deterministic: bool = True,
+    ) -> Any:
         """images float [B, C, H, W] -> tokens [B, S, D] in the compute dtype, class tokens first.
 
         Args:
           pooled: one vector an image instead, [B, D]; see `VisionConfig.pooler`.
-          num_layers: stop after so many layers, before the final norm.
+          num_layers: stop after so many layers, before the final norm; for several numbers, a tuple of what each makes.
           deterministic: False draws dropout from the "dropout" rng.
 
         Raises:

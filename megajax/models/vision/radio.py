@@ -2,36 +2,26 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, C channels, H height, W width, h, w patches of an image, S tokens, D hidden, R, L grid of positions
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from megajax.config import ConfigError
-from megajax.models.common.vision_module.vision_module import TABLE_AXES, PatchEmbedding, VisionModule
+from megajax.models.common.vision_module.vision_module import (
+    TABLE_AXES,
+    ClassifierHead,
+    PatchEmbedding,
+    VisionModule,
+)
 from megajax.models.vision.radio_config import RADIOConfig
 from megajax.ops.images import random_windows, resize
-from megajax.ops.linear import linear
 from megajax.parallel.sharding import constrain, gathered
-from megajax.transformer.linear import init_std, normal_init, zeros_init
+from megajax.transformer.linear import normal_init, zeros_init
 
 Array = jax.Array
 
 __all__ = ["RADIOModel", "RADIOViTModel"]
-
-
-class ClassifierHead(nn.Module):
-    """Summary [B, n D] to fp32 logits [B, num_classes]. Kernel [n D, num_classes]."""
-
-    config: RADIOConfig
-
-    @nn.compact
-    def __call__(self, x_BE: Array) -> Array:
-        cfg, dtype, axes = self.config, jnp.dtype(self.config.params_dtype), ("embed", "norm")
-        assert cfg.num_classes is not None
-        shape = (x_BE.shape[-1], cfg.num_classes)
-        kernel = self.param("kernel", normal_init(init_std(cfg), axes), shape, dtype)
-        bias = self.param("bias", zeros_init(("norm",)), shape[1:], dtype)
-        return linear(x_BE.astype(jnp.float32), gathered(kernel, *axes).astype(jnp.float32), bias)
 
 
 class RADIOModel(VisionModule):
@@ -56,7 +46,7 @@ class RADIOModel(VisionModule):
             self.mask_token = self.param("mask_token", zeros_init(TABLE_AXES), (1, cfg.hidden_size), dtype)
         self.setup_tower()
         if cfg.num_classes is not None:
-            self.classifier = ClassifierHead(cfg)
+            self.classifier = ClassifierHead(cfg, cfg.num_classes)
 
     def __call__(
         self,
@@ -64,15 +54,15 @@ class RADIOModel(VisionModule):
         *,
         hidden: Array | None = None,
         pooled: bool = False,
-        num_layers: int | None = None,
+        num_layers: int | tuple[int, ...] | None = None,
         deterministic: bool = True,
-    ) -> Array:
+    ) -> Any:
         """images float [B, C, H, W], of whole patches -> tokens [B, S, D] in the compute dtype, class tokens first.
 
         Args:
           hidden: bool [B, h w], patches that are replaced by the mask token.
           pooled: the summary instead, [B, n D]: the class tokens that `summary_idxs` names, side by side.
-          num_layers: stop after so many layers.
+          num_layers: stop after so many layers; for several numbers, a tuple of what each makes.
           deterministic: False draws dropout, and the windows of the position embedding, from the "dropout" rng.
         """
         cfg = self.config

@@ -1,4 +1,4 @@
-"""ViT in Hugging Face's format."""
+"""ViT in Hugging Face's format: the tower, and a classifier of images."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
@@ -8,12 +8,14 @@ from typing import Any
 
 from megajax.config import ConfigError
 from megajax.interop.hf_architecture import Row, Tensor, layer_plan, rows_plan
-from megajax.interop.hf_fields import Fields
+from megajax.interop.hf_fields import Fields, positive_integer
 from megajax.models.vision.clip_config import CLIPConfig
 from megajax.models.vision.clip_hf import (
     CLIP_TOWER_DEFAULTS,
     Shapes,
+    below,
     layer_rows,
+    lifted,
     linear_rows,
     norm_rows,
     patch_kernel,
@@ -23,6 +25,7 @@ from megajax.models.vision.clip_hf import (
     write_tower,
 )
 from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
+from megajax.models.vision.image_classifier import ImageClassifier
 
 _LAYER = layer_rows(
     "encoder.layer.{i}.",
@@ -88,6 +91,31 @@ def _write(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
+def _classifier_plan(
+    architecture: Any, config: CLIPConfig, model: Any, leaves: Shapes, prefix: str
+) -> dict[str, Tensor]:
+    tower = CLIPVisionTransformer(config, backend=model.backend)
+    plan = _plan(architecture, config, tower, below("vision_model/", leaves), f"{prefix}vit.")
+    head = linear_rows("classifier", "classifier")
+    return lifted("vision_model/", plan) | rows_plan(head, leaves, config, prefix)
+
+
+def _read_classifier(fields: Fields) -> dict[str, Any]:
+    labels, count = fields.optional("id2label"), fields.optional("num_labels")
+    count = len(labels) if labels else 2 if count is None else positive_integer("num_labels", count)
+    return _read(fields) | {"pooler": "class_token", "num_classes": count}
+
+
+def _write_classifier(config: CLIPConfig) -> dict[str, Any]:
+    if config.num_classes is None:
+        raise ConfigError("num_classes=None: it needs a classifier")
+    values = _write(config)
+    del values["add_pooling_layer"]
+    names = [f"LABEL_{number}" for number in range(config.num_classes)]
+    labels = {"id2label": {str(number): name for number, name in enumerate(names)}}
+    return values | labels | {"label2id": {name: number for number, name in enumerate(names)}}
+
+
 def _told_by_names(names: Collection[str]) -> dict[str, Any]:
     return {"add_pooling_layer": any(name.startswith("pooler.") for name in names)}
 
@@ -106,4 +134,8 @@ _DEFAULTS: dict[str, Any] = CLIP_TOWER_DEFAULTS | {
 VIT = vision_architecture(
     "ViTModel", "vit", defaults=_DEFAULTS, read=_read, write=_write, build=CLIPVisionTransformer, plan=_plan,
     older_names=((r"^vit\.", ""),), told_by_names=_told_by_names,
+)  # fmt: skip
+VIT_CLASSIFIER = vision_architecture(
+    "ViTForImageClassification", "vit", defaults=_DEFAULTS, read=_read_classifier, write=_write_classifier,
+    build=ImageClassifier, plan=_classifier_plan,
 )  # fmt: skip

@@ -38,12 +38,17 @@ def test_equals_transformers(case: str) -> None:
         output = call(given["pixel_values"], given["input_ids"], **masks)
         for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"):
             close(getattr(output, name), given[name])
+    elif "labels" in given:
+        close(call(given["pixel_values"]), given["logits"])
+        close(call(given["pixel_values"], labels=given["labels"]).mean(), given["loss"])
     elif "logits" in given:
         close(call(given["pixel_values"], given["input_ids"]), given["logits"])
     else:
-        close(call(given["pixel_values"]), given["last_hidden_state"])
-        for name in {"summary", "pooler_output", "image_embeds"} & set(given):
-            close(call(given["pixel_values"], pooled=True), given[name])
+        masks = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
+        call = functools.partial(call, given.get("pixel_values", given.get("input_ids")), **masks)
+        close(call(), given["last_hidden_state"])
+        for name in {"summary", "pooler_output", "image_embeds", "text_embeds"} & set(given):
+            close(call(pooled=True), given[name])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,6 +114,8 @@ def test_images_of_the_size_that_the_checkpoint_names() -> None:
         ("siglip_vision_cropped", "num_channels=1"),
         ("clip_vision_projected", "projection_dim=7"),
         ("clip", "text_num_layers=2"),
+        ("clip_text", "text_num_layers=2"),
+        ("vit_classifier", "num_classes=5"),
     ],
 )
 def test_what_megatron_lacks(case: str, name: str, tmp_path: Path) -> None:

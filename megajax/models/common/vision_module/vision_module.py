@@ -2,6 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, C channels, H height, W width, P patches, S tokens, D hidden, I numbers in a patch
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -81,6 +83,21 @@ class DensePooler(nn.Module):
         return jnp.tanh(linear(x_BD, gathered(kernel.astype(x_BD.dtype), *axes), bias))
 
 
+class ClassifierHead(nn.Module):
+    """What stands for an image, [B, E], to fp32 logits [B, num_classes]. Kernel [E, num_classes]."""
+
+    config: VisionConfig
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x_BE: Array) -> Array:
+        cfg, dtype, axes = self.config, jnp.dtype(self.config.params_dtype), ("embed", "norm")
+        shape = (x_BE.shape[-1], self.num_classes)
+        kernel = self.param("kernel", normal_init(init_std(cfg), axes), shape, dtype)
+        bias = self.param("bias", zeros_init(("norm",)), shape[1:], dtype)
+        return linear(x_BE.astype(jnp.float32), gathered(kernel, *axes).astype(jnp.float32), bias)
+
+
 class VisionModule(nn.Module):
     """Base of vision towers: a subclass makes the tokens before the first layer, this class does the rest.
 
@@ -145,8 +162,11 @@ class VisionModule(nn.Module):
         tokens = jnp.broadcast_to(tokens, (x_BPD.shape[0], *tokens.shape))
         return jnp.concatenate([tokens, x_BPD], axis=1)
 
-    def encode(self, x_BSD: Array, *, num_layers: int | None, deterministic: bool) -> Array:
-        """Tokens [B, S, D] through norms and the first `num_layers` layers (None: all); then no final norm."""
+    def encode(self, x_BSD: Array, *, num_layers: int | tuple[int, ...] | None, deterministic: bool) -> Any:
+        """Tokens [B, S, D] through norms and the first `num_layers` layers (None: all); then no final norm.
+
+        For several numbers of layers, what each of them makes of the tokens, as a tuple.
+        """
         cfg = self.config
         with residual_stream_of(x_BSD.shape[1]):
             if cfg.ln_pre:
@@ -154,13 +174,26 @@ class VisionModule(nn.Module):
             x_BSD = x_BSD.astype(jnp.dtype("float32" if cfg.fp32_residual_connection else cfg.compute_dtype))
             x_BSD = constrain(x_BSD, "batch", "residual_seq", "act_embed")
             inputs = LayerInputs(AttentionMask())
-            x_BSD = self.decoder(x_BSD, inputs, deterministic=deterministic, num_layers=num_layers)
+            if isinstance(num_layers, tuple) and not self.is_initializing():
+                return self._after_each(x_BSD, inputs, num_layers, deterministic=deterministic)
+            count = max(num_layers) if isinstance(num_layers, tuple) else num_layers
+            x_BSD = self.decoder(x_BSD, inputs, deterministic=deterministic, num_layers=count)
             if cfg.ln_post == "tokens" and (num_layers is None or self.is_initializing()):
                 x_BSD = self.ln_post(x_BSD).astype(x_BSD.dtype)
             x_BSD = constrain(x_BSD, "batch", "seq", "act_embed")
         if self.is_initializing():
             self.pool(x_BSD)
-        return x_BSD
+        return (x_BSD,) * len(num_layers) if isinstance(num_layers, tuple) else x_BSD
+
+    def _after_each(
+        self, x_BSD: Array, inputs: LayerInputs, counts: tuple[int, ...], *, deterministic: bool
+    ) -> tuple[Array, ...]:
+        """The tokens [B, S, D] after each of these numbers of layers, in this order; every layer runs once."""
+        after, done = {}, 0
+        for count in sorted(set(counts)):
+            x_BSD = self.decoder(x_BSD, inputs, deterministic=deterministic, num_layers=count, first_layer=done)
+            after[count], done = constrain(x_BSD, "batch", "seq", "act_embed"), count
+        return tuple(after[count] for count in counts)
 
     def pool(self, x_BSD: Array) -> Array:
         """One vector an image, [B, D], from what the tower returns."""
