@@ -310,6 +310,7 @@ def part_of(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
 
 
 def read_text(fields: Fields) -> dict[str, Any]:
+    """config.json of a text tower -> arguments of CLIPConfig."""
     for name in ("attention_dropout", "initializer_range", "initializer_factor"):
         fields.number(name)  # of training; the image tower's count for both
     fields.optional("projection_dim")
@@ -327,6 +328,7 @@ def read_text(fields: Fields) -> dict[str, Any]:
 
 
 def write_text(config: CLIPConfig) -> dict[str, Any]:
+    """Inverse of `read_text`."""
     if config.text_num_layers is None:
         raise ConfigError("text_num_layers=None: it needs a text tower")
     text = config.text_config
