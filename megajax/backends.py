@@ -109,7 +109,7 @@ class TESpecProvider:
       local: what fills the other slots: linears, norms and activations are plain JAX, which XLA fuses itself.
       gpu: compute capability of the GPUs that will run it, those of this machine by default; None: no NVIDIA GPU.
       attention_backend, grouped_gemm_backend: which kernels are wanted; strict: plain JAX will not do.
-      fp8: what linears compute in; None is the dtype of activations.
+      fp8: what linears, and experts, compute in; None is the dtype of activations.
       cudnn_missing: the program is compiled where there is no cuDNN.
     """
 
@@ -150,9 +150,8 @@ class TESpecProvider:
         """MLPs by the kernel that the table chooses."""
         from megajax.transformer.fused_experts import FusedExperts  # loads Pallas, which not every machine needs
 
-        return ModuleSpec(
-            FusedExperts, params={"gpu": self.gpu, "wanted": self.grouped_gemm_backend, "strict": self.strict}
-        )
+        params = {"gpu": self.gpu, "wanted": self.grouped_gemm_backend, "strict": self.strict, "fp8": self.fp8}
+        return ModuleSpec(FusedExperts, params=params)
 
     def state_space(self) -> Builder:
         """The recurrence in chunks of matrix products."""

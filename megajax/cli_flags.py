@@ -175,7 +175,7 @@ IGNORED: tuple[str, ...] = (
     *("--use-flash-attn", "--use-mcore-models", "--use-legacy-models"),
     *("--distributed-backend", "--local-rank", "--cuda-graph-*", "--enable-cuda-graph"),
     *("--tp-comm-overlap*", "--overlap-*", "--nccl-*", "--use-nccl-ub", "--manual-gc*", "--te-rng-tracker"),
-    *("--empty-unused-memory-level", "--fp8-interval"),
+    *("--empty-unused-memory-level", "--fp8-interval", "--moe-router-padding-for-*"),
     *("--use-persistent-ckpt-worker", "--ckpt-format", "--auto-detect-ckpt-format", "--ckpt-fully-parallel-*"),
     *("--dist-ckpt-strictness", "--no-mmap-bin-files", "--no-create-attention-mask-in-dataloader"),
     *("--accumulate-allreduce-grads-in-fp32", "--timing-log-*", "--log-throughput", "--log-*-to-tensorboard"),

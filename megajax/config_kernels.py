@@ -70,8 +70,8 @@ class KernelConfig:
     """How experts that drop no token are computed. fused: all their products in one kernel; unfused: a loop of products
     in plain JAX; auto: the first of these that can do it."""
     fp8_format: Fp8Format | None = None
-    """Linears of the layers compute in fp8, all but the experts and routers: e4m3, or hybrid, which has gradients in
-    e5m2."""
+    """Linears of the layers, and experts that drop no token, compute in fp8, all but the routers: e4m3, or hybrid,
+    which has gradients in e5m2."""
     fp8_recipe: Fp8Recipe = "tensorwise"
     """How tensors are scaled to fp8. tensorwise: each by its own largest magnitude. delayed: by those of earlier steps,
     which a run keeps among its parameters. Others are not supported yet."""

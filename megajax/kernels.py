@@ -67,12 +67,14 @@ class ExpertsUse:
     Attributes:
       dtype: of their input.
       padded: all have the same number of rows, so that their products are one batched product.
-      aligned: the widths of their linear maps, on a device, are multiples of 16.
+      aligned: the widths of their linear maps, on a device, are multiples of 16, or of 32 in fp8.
+      fp8: their products are wanted in fp8.
     """
 
     dtype: str
     padded: bool = False
     aligned: bool = True
+    fp8: bool = False
 
 
 class Rule(NamedTuple):
@@ -140,7 +142,8 @@ EXPERTS: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
             Rule(lambda use, gpu: use.dtype not in _HALF, "computes in bf16 or fp16; set bf16=True"),
             Rule(
                 lambda use, gpu: not use.aligned,
-                "needs hidden_size (moe_latent_size) and a device's part of moe_ffn_hidden_size to be multiples of 16",
+                "needs hidden_size (moe_latent_size) and a device's part of moe_ffn_hidden_size to be multiples of 16,"
+                " or of 32 for fp8",
             ),
         ),
         "blocks": (),
@@ -159,6 +162,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "xla": "XLA's own fusions",
         "grouped": "a grouped matrix product in Pallas",
         "blocks": "a loop of products",
+        "grouped-fp8": "a grouped matrix product in Pallas, fp8, scaled by each expert's largest magnitudes",
+        "blocks-fp8": "a loop of products, rounded to fp8 by each expert's largest magnitudes",
     }
 )
 
@@ -220,9 +225,11 @@ def choose_experts(
       ConfigError: none of the wanted kernels can do it.
     """
     if use.padded:
-        return Choice("experts", "plain" if gpu is None else "gemm")
+        why = "fp8 is for experts that drop no token; set no moe_expert_capacity_factor" if use.fp8 else ""
+        return Choice("experts", "plain" if gpu is None else "gemm", why)
     reasons = {kernel: refusal(kernel, use, gpu, EXPERTS) for kernel in _WANTED_OF_EXPERTS[wanted]}
-    return _first("experts", reasons, "blocks", f"grouped_gemm_backend={wanted!r}", strict)
+    choice = _first("experts", reasons, "blocks", f"grouped_gemm_backend={wanted!r}", strict)
+    return dataclasses.replace(choice, kernel=f"{choice.kernel}-fp8") if use.fp8 else choice
 
 
 def _first(slot: str, reasons: Mapping[str, str | None], plain: str, asked: str, strict: bool) -> Choice:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,10 +177,11 @@ _unpermute.defvjp(
 
 class GroupedKernel(NamedTuple):
     """What computes the product of groups. product: (x [R, D], w [E, D, F], sizes [E], block) -> [R, F], with gradients
-    of x and w. most_rows: of the blocks it does best with, of many rows an expert."""
+    of x and w. most_rows: of the blocks it does best with, of many rows an expert. least_rows: of any block."""
 
     product: Callable[[Array, Array, Array, int], Array]
     most_rows: int
+    least_rows: int = 16
 
 
 def grouped_matmul(x: Array, w_EDF: Array, groups: Groups | None, kernel: GroupedKernel | None = None) -> Array:
@@ -236,21 +237,36 @@ def _grouped_matmul_fwd(x_RD: Array, w_EDF: Array, sizes: Array, block: int):
 
 def _grouped_matmul_bwd(block: int, saved: tuple[Array, Array, Array], dy_RF: Array):
     x_RD, w_EDF, sizes = saved
+    dw_EDF = _outer(x_RD, dy_RF, sizes, block)
+    no_gradient = np.zeros(sizes.shape, jax.dtypes.float0)
+    return _rows_times(dy_RF, w_EDF.swapaxes(1, 2), sizes, block), dw_EDF.astype(w_EDF.dtype), no_gradient
 
+
+def _outer(x_RD: Array, dy_RF: Array, sizes: Array, block: int) -> Array:
     def body(expert: Array, row: Array, dw_EDF: Array) -> Array:
         x, dy = (lax.dynamic_slice_in_dim(a, row, block) for a in (x_RD, dy_RF))
         dw = lax.dynamic_index_in_dim(dw_EDF, expert, keepdims=False)
         dw += jnp.dot(x.T, dy, preferred_element_type=jnp.float32)
         return lax.dynamic_update_index_in_dim(dw_EDF, dw, expert, 0)
 
-    dw_EDF = _each_block(sizes, block, body, jnp.zeros(w_EDF.shape, jnp.float32))
-    no_gradient = np.zeros(sizes.shape, jax.dtypes.float0)
-    return _rows_times(dy_RF, w_EDF.swapaxes(1, 2), sizes, block), dw_EDF.astype(w_EDF.dtype), no_gradient
+    shape = (sizes.shape[0], x_RD.shape[1], dy_RF.shape[1])
+    return _each_block(sizes, block, body, jnp.zeros(shape, jnp.float32))
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
+
 # For each block an expert's kernel is read anew, and of 128 rows a GPU reads it for longer than it computes.
+def loop_rows_times(x_RK: Array, w_ENK: Array, sizes: Array, block: int, dtype: Any) -> Array:
+    """The loop's product of rows with kernels that are transposed: see `megajax.ops.grouped_fp8.Fp8Parts`."""
+    return _rows_times(x_RK.astype(dtype), w_ENK.astype(dtype).swapaxes(1, 2), sizes, block)
+
+
+def loop_outer(x_DR: Array, dy_FR: Array, sizes: Array, block: int) -> Array:
+    """The loop's gradients of kernels, likewise."""
+    return _outer(x_DR.T.astype(jnp.float32), dy_FR.T.astype(jnp.float32), sizes, block)
+
+
 LOOP = GroupedKernel(_grouped_matmul, most_rows=512)  # pyright: ignore[reportArgumentType]
 """Plain XLA on any device: over the blocks that hold rows, whose number is known at run time only. XLA's own
 `ragged_dot` computes every row for every expert, on CPU and on GPU."""

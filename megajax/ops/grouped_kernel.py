@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from megajax.ops.grouped import GroupedKernel
+from megajax.ops.grouped_fp8 import Fp8Parts
 
 Array = jax.Array
 Ref = Any
@@ -82,9 +83,28 @@ def grouped_product(
 
 def kernel_for(gpu: tuple[int, int]) -> GroupedKernel:
     """The kernel with the tiles for a GPU of this compute capability."""
-    for_servers = gpu == (8, 0) or gpu[0] in (9, 10)
     # Its programs hold 128 rows; neighbours read an expert's kernel together, however small the blocks.
-    return GroupedKernel(functools.partial(grouped_product, most_columns=256 if for_servers else 128), most_rows=128)
+    return GroupedKernel(functools.partial(grouped_product, most_columns=_most_columns(gpu)), most_rows=128)
+
+
+def fp8_parts_for(gpu: tuple[int, int], *, interpret: bool = False) -> Fp8Parts:
+    """Products of fp8 arrays for a GPU of this compute capability."""
+
+    def setting(block: int) -> _Setting:
+        return _Setting(block, _most_columns(gpu), interpret)
+
+    def rows_times(x_RK: Array, w_ENK: Array, sizes_E: Array, block: int, dtype: Any) -> Array:
+        return _rows_times(setting(block), x_RK, w_ENK, sizes_E, transposed=True, dtype=dtype)
+
+    def outer(x_DR: Array, dy_FR: Array, sizes_E: Array, block: int) -> Array:
+        return _outer(setting(block), x_DR, dy_FR, sizes_E, jnp.float32, rows_last=True)
+
+    return Fp8Parts(rows_times, outer, most_rows=128)
+
+
+def _most_columns(gpu: tuple[int, int]) -> int:
+    for_servers = gpu == (8, 0) or gpu[0] in (9, 10)
+    return 256 if for_servers else 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -106,8 +126,11 @@ def _product_bwd(setting: _Setting, saved: tuple[Array, Array, Array], dy_RF: Ar
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _rows_times(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array, *, transposed: bool = False) -> Array:
-    """[R, F]; transposed: of rows [R, F] the product with w's transpose, [R, D], for which w is only read otherwise."""
+def _rows_times(
+    setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array, *, transposed: bool = False, dtype: Any = None
+) -> Array:
+    """[R, F]; transposed: of rows [R, F] the product with w's transpose, [R, D], for which w is only read otherwise.
+    dtype: of the result, by default x's."""
     (R, inner), (E, *widths) = x_RD.shape, w_EDF.shape
     F = widths[0 if transposed else 1]
     tile = Tile.of(setting.block, F, inner, setting.most_columns)
@@ -117,7 +140,7 @@ def _rows_times(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array, *,
         functools.partial(_rows_times_kernel, tile=tile, transposed=transposed),
         name="grouped_matmul",
         grid=(R // tile.rows * pl.cdiv(F, tile.columns),),
-        out_shape=jax.ShapeDtypeStruct((R, F), x_RD.dtype),
+        out_shape=jax.ShapeDtypeStruct((R, F), dtype or x_RD.dtype),
         compiler_params=tile.params,
         interpret=setting.interpret,
     )
@@ -137,7 +160,7 @@ def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, t
             w = columns.load(w_ref.at[expert, columns.slice, terms], dim=0)
         else:
             w = columns.load(w_ref.at[expert, terms, columns.slice], dim=1)
-        return y + triton.dot(x_ref[rows, terms], w, trans_b=transposed)
+        return y + _dot(x_ref[rows, terms], w, trans_b=transposed)
 
     steps = (expert < E).astype(jnp.int32) * (inner // tile.inner)
     y = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
@@ -145,13 +168,16 @@ def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, t
     triton.store(y_ref.at[rows, columns.slice], y.astype(y_ref.dtype), mask=mask)
 
 
-def _outer(setting: _Setting, x_RD: Array, dy_RF: Array, sizes_E: Array, dtype: Any) -> Array:
-    """The gradient of kernels [E, D, F]: x' dy over the rows of each expert."""
-    D, F, E = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
+def _outer(
+    setting: _Setting, x_RD: Array, dy_RF: Array, sizes_E: Array, dtype: Any, *, rows_last: bool = False
+) -> Array:
+    """The gradient of kernels [E, D, F]: x' dy over the rows of each expert. rows_last: x [D, R] and dy [F, R]."""
+    widths = 0 if rows_last else 1
+    D, F, E = x_RD.shape[widths], dy_RF.shape[widths], sizes_E.shape[0]
     tile = _outer_tile(D, F, setting)
     ends_E = jnp.cumsum(sizes_E)
     call = pl.pallas_call(
-        functools.partial(_outer_kernel, tile=tile),
+        functools.partial(_outer_kernel, tile=tile, rows_last=rows_last),
         name="grouped_matmul_dw",
         grid=(E * pl.cdiv(D, tile.rows) * pl.cdiv(F, tile.columns),),
         out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
@@ -168,7 +194,9 @@ def _outer_tile(D: int, F: int, setting: _Setting) -> Tile:
     return wide._replace(rows=tall)
 
 
-def _outer_kernel(start_ref: Ref, size_ref: Ref, x_ref: Ref, dy_ref: Ref, dw_ref: Ref, *, tile: Tile) -> None:
+def _outer_kernel(
+    start_ref: Ref, size_ref: Ref, x_ref: Ref, dy_ref: Ref, dw_ref: Ref, *, tile: Tile, rows_last: bool
+) -> None:
     _, D, F = dw_ref.shape
     tall, wide = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.columns)
     program = pl.program_id(0)
@@ -179,14 +207,23 @@ def _outer_kernel(start_ref: Ref, size_ref: Ref, x_ref: Ref, dy_ref: Ref, dw_ref
 
     def add(step: Array, dw: Array) -> Array:
         rows = pl.ds(start + step * tile.inner, tile.inner)
+        if rows_last:
+            x, dy = down.load(x_ref.at[down.slice, rows], dim=0), across.load(dy_ref.at[across.slice, rows], dim=0)
+            return dw + _dot(x, dy, trans_b=True)
         x = down.load(x_ref.at[rows, down.slice], dim=1)
         dy = across.load(dy_ref.at[rows, across.slice], dim=1)
-        return dw + triton.dot(x, dy, trans_a=True)
+        return dw + _dot(x, dy, trans_a=True)
 
     steps = lax.div(size_ref[expert], tile.inner)
     dw = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     mask = down.there[:, None] & across.there[None, :] if down.cut or across.cut else None
     triton.store(dw_ref.at[expert, down.slice, across.slice], dw.astype(dw_ref.dtype), mask=mask)
+
+
+def _dot(a: Array, b: Array, **transposed: bool) -> Array:
+    if a.dtype != b.dtype:  # two types of fp8, which fp16 has room for; Pallas hands Triton but equal ones
+        a, b = a.astype(jnp.float16), b.astype(jnp.float16)
+    return triton.dot(a, b, **transposed)
 
 
 class _Span(NamedTuple):

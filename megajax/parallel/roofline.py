@@ -318,6 +318,10 @@ class _Program:
             products and all(read.shape.startswith("f8") for product in products for read in product.reads[:2])
         ):
             return self.target.fp8 or self.target.bf16
+        # A kernel of our own multiplies in fp8 where its arrays are of one such type.
+        types = {read.shape.partition("[")[0] for read in instruction.reads} - {"s32"}
+        if told(instruction, "flops_a_row") and len(types) == 1 and types.pop().startswith("f8"):
+            return self.target.fp8 or self.target.bf16
         return self.target.bf16
 
     def _traffic(self, instruction: Instruction) -> int:

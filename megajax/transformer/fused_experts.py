@@ -6,11 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from megajax import kernels
-from megajax.config_kernels import GroupedGemmBackend
+from megajax.config_kernels import Fp8, GroupedGemmBackend
 from megajax.kernels import Capability, ExpertsUse
+from megajax.ops import grouped_fp8
 from megajax.ops.grouped import LOOP, GroupedKernel
-from megajax.ops.grouped_kernel import LEAST, kernel_for
+from megajax.ops.grouped_kernel import LEAST, fp8_parts_for, kernel_for
 from megajax.parallel.expert import Dispatcher
+from megajax.transformer.fp8 import FORMATS
 from megajax.transformer.moe import Experts
 
 
@@ -22,6 +24,8 @@ class FusedExperts(Experts):
     Attributes:
       gpu: the compute capability of the devices that will run it; None is no NVIDIA GPU.
       wanted, strict: as in `kernels.choose_experts`.
+      fp8: what products of experts that drop no token are computed in, each expert's rows and kernels scaled by their
+        largest magnitude, whatever the recipe; None is the dtype of activations.
 
     Raises:
       ConfigError: the kernel that was asked for cannot do it.
@@ -30,14 +34,22 @@ class FusedExperts(Experts):
     gpu: Capability | None = None
     wanted: GroupedGemmBackend = "auto"
     strict: bool = False
+    fp8: Fp8 | None = None
 
     def kernel(self, dispatcher: Dispatcher, dtype: Any, widths: tuple[int, int]) -> GroupedKernel:
         """What the table chooses."""
+        fp8 = None if self.config.leaves_fp8_out else self.fp8
+        least = LEAST if fp8 is None else grouped_fp8.LEAST
         use = ExpertsUse(
             dtype=jnp.dtype(dtype).name,
             padded=dispatcher.pads,
-            aligned=all(width % LEAST == 0 for width in widths),
+            aligned=all(width % least == 0 for width in widths),
+            fp8=fp8 is not None,
         )
         choice = kernels.choose_experts(use, self.gpu, self.wanted, strict=self.strict)
         kernels.record(choice)
-        return kernel_for(self.gpu) if choice.kernel == "grouped" and self.gpu is not None else LOOP
+        gpu = self.gpu if choice.kernel in ("grouped", "grouped-fp8") else None
+        if fp8 is None:
+            return LOOP if gpu is None else kernel_for(gpu)
+        parts = grouped_fp8.LOOP_PARTS if gpu is None else fp8_parts_for(gpu)
+        return grouped_fp8.fp8_grouped_kernel(parts, *FORMATS[fp8.format])

@@ -212,7 +212,9 @@ class Experts(nn.Module):
         return {
             "expert_fn": functools.partial(self._mlp, parts=parts, kernel=kernel),
             "num_experts": cfg.num_moe_experts,
-            "dispatcher": dataclasses.replace(dispatcher, most_rows=kernel.most_rows),
+            "dispatcher": dataclasses.replace(
+                dispatcher, block=max(dispatcher.block, kernel.least_rows), most_rows=kernel.most_rows
+            ),
             "token_spec": PartitionSpec(axes("batch"), axes("residual_seq")),
             "ep": ep,
             "etp": etp,

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from megajax.config import Config, ConfigError, KernelConfig, ParallelConfig, TransformerConfig
 from megajax.config_kernels import Fp8
-from megajax.kernels import choose_linears
+from megajax.kernels import ExpertsUse, choose_experts, choose_linears
 from megajax.parallel.mesh import make_mesh
 from megajax.parallel.sharding import axis_rules, logical_axes, specs_of_axes
 from megajax.training import backend
@@ -214,3 +214,13 @@ def test_layers_in_bf16_that_cannot_be(
     )
     with pytest.raises(ConfigError, match=says):
         backend.choose_backend(config, make_mesh(config.parallel, jax.devices()[:2]))
+
+
+def test_what_experts_get() -> None:
+    use = ExpertsUse(dtype="bfloat16", fp8=True)
+    assert choose_experts(use, H100, "auto").kernel == "grouped-fp8"
+    assert choose_experts(use, H100, "unfused").kernel == "blocks-fp8"
+    misfit = choose_experts(dataclasses.replace(use, aligned=False), H100, "auto")
+    assert (misfit.kernel, "or of 32 for fp8" in misfit.why) == ("blocks-fp8", True)
+    padded = choose_experts(dataclasses.replace(use, padded=True), H100, "auto")
+    assert (padded.kernel, "fp8 is for experts that drop no token" in padded.why) == ("gemm", True)
