@@ -192,8 +192,9 @@ class CrossAttentionSubmodules:
 
 
 class CrossAttention(nn.Module):
-    """Attention of x [B, S, D] to a context [B, T, E]: as many key/value as query heads, no rotary embedding.
+    """Attention of x [B, S, D] to a context [B, T, E]: as many key/value as query heads.
 
+    rotary: of the places of x and of those of the context, which then count along one line. Megatron has none.
     Megatron: `CrossAttention` in `core/transformer/attention.py`.
     """
 
@@ -201,7 +202,15 @@ class CrossAttention(nn.Module):
     submodules: CrossAttentionSubmodules
 
     @nn.compact
-    def __call__(self, x_BSD: Array, context_BTE: Array, *, mask: AttentionMask, deterministic: bool = True) -> Array:
+    def __call__(
+        self,
+        x_BSD: Array,
+        context_BTE: Array,
+        *,
+        mask: AttentionMask,
+        rotary: tuple[Rotary, Rotary] | None = None,
+        deterministic: bool = True,
+    ) -> Array:
         cfg, sub = self.config, self.submodules
         N, K = cfg.num_attention_heads, cfg.kv_channels
         assert K is not None
@@ -214,6 +223,8 @@ class CrossAttention(nn.Module):
         q_BSNK = heads(sub.linear_q, "linear_q", x_BSD)
         k_BTNK = heads(sub.linear_kv, "linear_k", context_BTE)
         v_BTNK = heads(sub.linear_kv, "linear_v", context_BTE)
+        if rotary is not None:
+            q_BSNK, k_BTNK = apply_rotary(q_BSNK, rotary[0]), apply_rotary(k_BTNK, rotary[1])
         core = sub.core_attention(config=cfg, name="core_attention")
         y_BSNK = recomputed(core, "core_attn", cfg)(q_BSNK, k_BTNK, v_BTNK, mask=mask, deterministic=deterministic)
         y_BSE = constrain(y_BSNK.reshape(*y_BSNK.shape[:2], -1), "batch", "seq", "act_heads")

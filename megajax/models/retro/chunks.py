@@ -41,5 +41,14 @@ def in_sequence(y_CMD: Array, batch: int, seq_length: int) -> Array:
     return jnp.pad(y_BSD, ((0, 0), (first, 0), (0, 0)))[:, :seq_length]
 
 
+def places_of_readers(batch: int, seq_length: int, chunk_length: int) -> Array:
+    """Where `readers` stand, counted from the start of their chunk: int [C, M], or [1, M] if all chunks are whole."""
+    M, short = chunk_length, seq_length % chunk_length
+    if not short:
+        return jnp.arange(M - 1, 2 * M - 1)[None]
+    ends_L = jnp.array([short, *[M] * (num_chunks(seq_length, M) - 1)])
+    return jnp.tile(ends_L[:, None] - 1 + jnp.arange(M), (batch, 1))
+
+
 def _first_reader(seq_length: int, chunk_length: int) -> int:
     return (seq_length - 1) % chunk_length

@@ -32,6 +32,13 @@ class RetroConfig(TransformerConfig):
     retro_encoder_rotary: bool = False
     """A rotary embedding in the encoder's attention to itself, too. Megatron's has none: where positions are not
     learned, its encoder takes a neighbour for a bag of tokens."""
+    retro_cross_attention_rotary: bool = False
+    """A rotary embedding where neighbours read the chunk and where the text reads them: the places of a neighbour are
+    those of the chunk and of what follows it, as the relative positions of arXiv:2112.04426, B.1, and unlike Megatron.
+    """
+    retro_align_neighbors: bool = False
+    """Move each neighbour by less than a chunk to where most of its tokens are those of the chunk. Megatron's begin
+    where chunks of the database do."""
     post_layer_norm: bool = False
     """A norm after the last layer. Megatron's RETRO has none."""
     retro_block_size: int = 8192
@@ -51,11 +58,11 @@ class RetroConfig(TransformerConfig):
             f"num_query_groups={self.num_query_groups} must be num_attention_heads={self.num_attention_heads} in this"
             " family; drop it",
         )
-        require(
-            not self.retro_encoder_rotary or self.position_embedding_type in ("rope", "yarn"),
-            f"retro_encoder_rotary=True has no effect with position_embedding_type={self.position_embedding_type!r};"
-            " use 'rope'",
-        )
+        for name in ("retro_encoder_rotary", "retro_cross_attention_rotary"):
+            require(
+                not getattr(self, name) or self.position_embedding_type in ("rope", "yarn"),
+                f"{name}=True has no effect with position_embedding_type={self.position_embedding_type!r}; use 'rope'",
+            )
         for name in ("window_size", "heterogeneous_layers"):
             require(getattr(self, name) is None, f"{name} is not possible in this family; drop it")
 

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from megajax.models.common.embeddings.positions import rotary_embedding
-from megajax.models.retro.chunks import chunks, in_sequence, readers
+from megajax.models.retro.chunks import chunks, in_sequence, places_of_readers, readers
 from megajax.models.retro.config import RetroConfig
+from megajax.models.retro.cross_rotary import cross_rotary, rotary_at
 from megajax.ops.attention import AttentionMask
-from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import constrain, residual_stream_of
 from megajax.spec import Builder
 from megajax.transformer.attention import CrossAttention, CrossAttentionSubmodules
@@ -52,8 +51,10 @@ class RetroDecoderCrossAttention(nn.Module):
         if mask.keep is not None:
             mask = dataclasses.replace(mask, keep=mask.keep.reshape(x_CMD.shape[0], 1, 1, -1))
         attention = CrossAttention(self.config, self.submodules, name="attn")
+        R = neighbors_FRD.shape[1]
+        rotary = cross_rotary(self.config, places_of_readers(B, S, length), neighbors_CTD.shape[1] // R, R)
         with residual_stream_of(length, whole=True):
-            y_CMD = attention(x_CMD, neighbors_CTD, mask=mask, deterministic=deterministic)
+            y_CMD = attention(x_CMD, neighbors_CTD, mask=mask, rotary=rotary, deterministic=deterministic)
         y_BSD = constrain(in_sequence(y_CMD, B, S), "batch", "residual_seq", "act_embed")
         return y_BSD if self.encoder_block_spec is None else WithContext(y_BSD, neighbors_FRD)
 
@@ -62,13 +63,10 @@ class RetroDecoderCrossAttention(nn.Module):
         encoder = TransformerBlock(
             self.config.encoder_config, self.encoder_block_spec, stacked_axis="inner_layers", name="encoder"
         )
-        with residual_stream_of(neighbors_FRD.shape[1]):
+        R = neighbors_FRD.shape[1]
+        rotary = rotary_at(self.config, jnp.arange(R)[None]) if self.config.retro_encoder_rotary else None
+        with residual_stream_of(R):
             neighbors_FRD = constrain(neighbors_FRD, "batch", "residual_seq", "act_embed")
-            inputs = LayerInputs(mask, self._rotary(neighbors_FRD.shape[1]), context=chunks_CMD)
+            inputs = LayerInputs(mask, rotary, context=chunks_CMD)
             neighbors_FRD = encoder(neighbors_FRD, inputs, deterministic=deterministic)
         return constrain(neighbors_FRD, "batch", "seq", "act_embed")
-
-    def _rotary(self, length: int) -> Rotary | None:
-        """Of the places in a neighbour, which are counted from its start."""
-        embedding = rotary_embedding(self.config) if self.config.retro_encoder_rotary else None
-        return None if embedding is None else embedding.rotary(jnp.arange(length)[None, :])

@@ -5,9 +5,12 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.config import TransformerConfig
+from megajax.models.retro.config import RetroConfig
+from megajax.models.retro.cross_rotary import cross_rotary
 from megajax.ops.attention import AttentionMask
 from megajax.parallel.sharding import constrain, residual_stream_of
 from megajax.spec import Builder
@@ -34,7 +37,7 @@ class RetroEncoderCrossAttention(nn.Module):
       attention_dropout: the decoder's, which counts here and not in the encoder's attention to itself.
     """
 
-    config: TransformerConfig
+    config: RetroConfig
     submodules: CrossAttentionSubmodules
     attention_dropout: float
 
@@ -46,8 +49,11 @@ class RetroEncoderCrossAttention(nn.Module):
         attention = CrossAttention(config, self.submodules, name="attn")
         # The neighbours of a chunk are so many more queries.
         x_CTD = constrain(x_FRD, "batch", "seq", "act_embed").reshape(chunks_CMD.shape[0], -1, x_FRD.shape[-1])
-        with residual_stream_of(x_CTD.shape[1], whole=True):
-            y_CTD = attention(x_CTD, chunks_CMD, mask=mask, deterministic=deterministic)
+        T, R = x_CTD.shape[1], x_FRD.shape[1]
+        with residual_stream_of(T, whole=True):
+            rotary = cross_rotary(config, jnp.arange(chunks_CMD.shape[1])[None], T // R, R)
+            turns = None if rotary is None else (rotary.neighbors, rotary.text)
+            y_CTD = attention(x_CTD, chunks_CMD, mask=mask, rotary=turns, deterministic=deterministic)
         return NeighborsAttended(y_CTD.reshape(x_FRD.shape), residual=x_FRD)
 
 

@@ -108,16 +108,24 @@ class ChunkDatabase:
         return result
 
     def search(
-        self, tokens_QM: np.ndarray, count: int, banned: Sequence[Sequence[int]], *, span: int = 1
+        self,
+        tokens_QM: np.ndarray,
+        count: int,
+        banned: Sequence[Sequence[int]],
+        *,
+        span: int = 1,
+        align: bool = False,
     ) -> np.ndarray:
-        """The `count` chunks that resemble each chunk most, best first; of equals, the first.
+        """Where the `count` chunks begin that resemble each chunk most, best first; of equals, the first.
 
         Args:
           banned: for each chunk, the documents that none of its neighbours, nor the chunks behind them, may be from.
           span: chunks that are read of each neighbour, itself among them.
+          align: move each neighbour by less than a chunk, within its document, to where most of its tokens are those
+            of the chunk: a quotation then begins where the chunk does.
 
         Returns:
-          int64 [Q, count], rows of `tokens`; `NOTHING` where fewer chunks are left.
+          int64 [Q, count], places in the flat `tokens`; `NOTHING` where fewer chunks are left.
         """
         result = np.full((len(tokens_QM), count), NOTHING, np.int64)
         for start in range(0, len(tokens_QM), _TOGETHER):
@@ -125,25 +133,42 @@ class ChunkDatabase:
             scores_QN = self.embed(tokens_QM[part]) @ self._embeddings_NE.T
             for row, documents in zip(scores_QN, banned[part], strict=True):
                 for document in documents:
-                    row[self._leading_into(document, span)] = -np.inf
+                    row[self._leading_into(document, span + align)] = -np.inf
             rows = np.arange(len(scores_QN))
             for rank in range(count):
                 best = scores_QN.argmax(axis=1)
                 left = scores_QN[rows, best] > -np.inf
-                result[start + rows[left], rank] = best[left]
+                result[start + rows[left], rank] = best[left] * tokens_QM.shape[1]
                 scores_QN[rows, best] = -np.inf
+            if align:
+                result[part] = self._aligned(result[part], tokens_QM[part])
         return result
+
+    def _aligned(self, starts_QK: np.ndarray, tokens_QM: np.ndarray) -> np.ndarray:
+        """The places less than a chunk from these where most tokens are those of the chunk; of equals, the nearest."""
+        M = tokens_QM.shape[1]
+        shifts = np.array(sorted(range(1 - M, M), key=abs))
+        document = np.searchsorted(self.starts, starts_QK // M, side="right")  # the one behind
+        places = starts_QK[..., None] + shifts
+        inside = (places >= self.starts[document - 1, None] * M) & (places <= (self.starts[document, None] - 1) * M)
+        around = self._from(starts_QK - (M - 1), 3 * M - 2)
+        windows = np.lib.stride_tricks.sliding_window_view(around, M, axis=-1)[..., shifts + M - 1, :]
+        equal = (windows == tokens_QM[:, None, None, :]).sum(axis=-1)
+        best = np.where(inside, equal, -1).argmax(axis=-1)
+        return np.where(starts_QK == NOTHING, NOTHING, starts_QK + shifts[best])
 
     def _leading_into(self, document: int, span: int) -> np.ndarray:
         """The chunks of a document, and those before it whose continuation is in it."""
         first, end = int(self.starts[document]), int(self.starts[document + 1])
         return np.arange(first - (span - 1) if first < end else end, end) % len(self.tokens)
 
-    def read(self, chunks: np.ndarray, span: int) -> np.ndarray:
-        """int32 [..., span M]: each chunk and those behind it, as Megatron's: behind the last comes the first.
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """int32 [..., length]: the tokens from each place on, as Megatron's: behind the last comes the first.
 
         `NOTHING` is as good as an empty text.
         """
-        tokens = self.tokens[(chunks[..., None] + np.arange(span)) % len(self.tokens)]
-        tokens[chunks == NOTHING] = self.pad
-        return tokens.reshape(*chunks.shape, -1)
+        return np.where((starts == NOTHING)[..., None], np.int32(self.pad), self._from(starts, length))
+
+    def _from(self, starts: np.ndarray, length: int) -> np.ndarray:
+        flat = self.tokens.reshape(-1)
+        return flat[(starts[..., None] + np.arange(length)) % len(flat)]

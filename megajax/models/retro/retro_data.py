@@ -93,7 +93,7 @@ class RetroDataset:
             **chunks.key,
             "samples": [part.cache_key for part in components(samples)],
             "blend": samples.cache_key if isinstance(samples, BlendedDataset) else None,
-            "neighbors": [config.retro_num_neighbors, config.retro_num_retrieved_chunks],
+            "neighbors": [config.retro_num_neighbors, config.retro_num_retrieved_chunks, config.retro_align_neighbors],
         }
         self._blocks: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class RetroDataset:
         """The sample, and context_tokens int32 [L, K, R]."""
         index = range(len(self))[index]
         neighbors = self.neighbors(index)
-        found = self.chunks.database.read(neighbors, self.config.retro_num_retrieved_chunks)
+        found = self.chunks.database.read(neighbors, self.config.retro_retrieved_length)
         return {**self.samples[index], "context_tokens": found}
 
     def once(self) -> RetroDataset:
@@ -125,7 +125,7 @@ class RetroDataset:
         return self.samples.token_frequencies(vocab_size)
 
     def neighbors(self, index: int) -> np.ndarray:
-        """int64 [L, K]: for each chunk of a sample its neighbours, rows of the database."""
+        """int64 [L, K]: for each chunk of a sample where its neighbours begin in the database."""
         size = self._block_size(index)
         block, row = divmod(index, size)
         with self._lock:
@@ -150,7 +150,11 @@ class RetroDataset:
             per_sample = len(chunks) // len(members)
             banned = [documents for index in members for documents in [self._own_documents(index)] * per_sample]
             found = self.chunks.database.search(
-                chunks, config.retro_num_neighbors, banned, span=config.retro_num_retrieved_chunks
+                chunks,
+                config.retro_num_neighbors,
+                banned,
+                span=config.retro_num_retrieved_chunks,
+                align=config.retro_align_neighbors,
             )
             return {"neighbors": found.reshape(len(members), per_sample, -1)}
 

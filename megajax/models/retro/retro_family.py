@@ -42,9 +42,12 @@ DEFAULT = Config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=0.04,
+        retro_chunk_length=8,
         retro_num_neighbors=1,
+        retro_align_neighbors=True,
         retro_encoder_num_layers=1,
         retro_encoder_rotary=True,
+        retro_cross_attention_rotary=True,
         retro_encoder_hidden_dropout=0.0,
         retro_encoder_attention_dropout=0.0,
         post_layer_norm=True,
@@ -52,15 +55,15 @@ DEFAULT = Config(
     optimizer=OptimizerConfig(
         optimizer="muon",
         muon_use_nesterov=True,
-        lr=1.5e-2,
-        min_lr=1e-3,
+        lr=3.5e-3,  # four times that, and the model forgets again how to read
+        min_lr=4e-4,
         lr_decay_style="cosine",
         lr_warmup_fraction=0.05,
         adam_beta2=0.95,
         weight_decay=0.1,
     ),
-    data=DataConfig(seq_length=256),
-    train=TrainConfig(train_iters=1300, micro_batch_size=4),
+    data=DataConfig(seq_length=256, split="900,99,1"),  # enough held-out text to tell what retrieval is worth
+    train=TrainConfig(train_iters=1200, micro_batch_size=4),
 )
 _HELD_OUT = 256
 """Samples that the epilogue looks at."""

@@ -40,8 +40,8 @@ def generate(
     for end in range(len(prompt), len(prompt) + num_tokens):
         while complete < end // length:
             chunk = text[complete * length : (complete + 1) * length]
-            found = database.search(chunk[None], count, [[]], span=span)
-            context[complete] = database.read(found, span)[0]
+            found = database.search(chunk[None], count, [[]], span=span, align=config.retro_align_neighbors)
+            context[complete] = database.read(found, span * length)[0]
             complete += 1
         text[end] = int(choose(_next_logits(model, params, text[None], context[None], jnp.int32(end - 1)), end)[0])
     return text[len(prompt) : len(prompt) + num_tokens].tolist()

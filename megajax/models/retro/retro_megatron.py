@@ -67,8 +67,9 @@ def write_config(config: RetroConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ConfigError: Megatron's model has no such option.
     """
-    if config.retro_encoder_rotary:
-        raise ConfigError("retro_encoder_rotary=True cannot be expressed in a Megatron config, which has False")
+    for name in ("retro_encoder_rotary", "retro_cross_attention_rotary"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}=True cannot be expressed in a Megatron config, which has False")
     fields, arguments = megatron_settings(config)
     fields |= {name: getattr(config, name) for name in _SAME}
     # Megatron takes no config without it; it says nothing about the model.

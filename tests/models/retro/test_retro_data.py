@@ -68,7 +68,7 @@ def test_neighbors_are_the_nearest_of_other_documents(corpus: tuple[str, ...]) -
         for chunk, neighbors in zip(chunks, found, strict=True):
             scores = np.where(allowed, embeddings @ database.embed(chunk[None])[0].astype(np.int64), -(1 << 40))
             best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:2]
-            np.testing.assert_array_equal(neighbors, best)
+            np.testing.assert_array_equal(neighbors, M * np.array(best))
 
 
 def test_what_resembles_most_is_found() -> None:
@@ -76,11 +76,44 @@ def test_what_resembles_most_is_found() -> None:
     documents = [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
     database = ChunkDatabase(documents, 25, pad=0)
     query = np.frombuffer(b"one quick brown fox waits", np.uint8)[None].astype(np.int64)
-    assert set(database.search(query, 2, [[]])[0]) == {0, 2}
-    assert database.search(query, 2, [[0]])[0].tolist() in ([2, 1], [2, NOTHING])
+    assert set(database.search(query, 2, [[]])[0]) == {0, 50}
+    assert database.search(query, 2, [[0]])[0].tolist() == [50, 25]
     np.testing.assert_array_equal(database.search(query, 3, [[0, 1, 2]])[0], [NOTHING] * 3)
-    assert (database.read(np.array([NOTHING]), 2) == 0).all()
-    np.testing.assert_array_equal(database.read(np.array([2]), 2)[0], np.concatenate([documents[2], documents[0]]))
+    assert (database.read(np.array([NOTHING]), 50) == 0).all()
+    np.testing.assert_array_equal(database.read(np.array([50]), 50)[0], np.concatenate([documents[2], documents[0]]))
+
+
+def test_quotations_are_aligned(corpus: tuple[str, ...]) -> None:
+    """By brute force over the places around each neighbour that was found."""
+    plain, aligned = build(corpus).train, build(corpus, retro_align_neighbors=True).train
+    database = plain.chunks.database
+    flat, ends = database.tokens.ravel(), M * database.starts
+    moved = 0
+    for index in range(len(plain)):
+        banned = set(plain._own_documents(index))
+        for chunk, rows in zip(plain.samples[index]["tokens"].reshape(-1, M), aligned.neighbors(index), strict=True):
+            own = [database._leading_into(document, SPAN + 1) for document in banned]
+            scores = database.embed(chunk[None])[0] @ database.embed(database.tokens).T
+            scores[np.concatenate(own)] = -np.inf
+            for start in np.argsort(-scores, kind="stable")[:2] * M:
+                document = np.searchsorted(ends, start, side="right")
+                places = range(max(ends[document - 1], start - M + 1), min(ends[document] - M, start + M - 1) + 1)
+                equal = {place: (flat[place : place + M] == chunk).sum() for place in places}
+                best = min(places, key=lambda place: (-equal[place], abs(place - start), place))
+                assert best in rows
+                moved += best != start
+                read = np.arange(best, best + SPAN * M) % len(flat) // M
+                assert not set(np.searchsorted(database.starts, read, side="right") - 1) & banned
+    assert moved > len(plain)
+
+
+def test_a_quotation_begins_where_the_chunk_does() -> None:
+    quoted = "what is said here is said elsewhere, too, and goes on"
+    documents = [np.frombuffer(text.encode(), np.uint8) for text in ("some words. " + quoted, "nothing of the kind")]
+    database = ChunkDatabase(documents, 16, pad=0)
+    query = np.frombuffer(quoted.encode(), np.uint8)[None, :16]
+    (place,) = database.search(query, 1, [[]], align=True)[0]
+    assert bytes(database.read(np.array(place), 32).astype(np.uint8)).decode() == quoted[:32]
 
 
 def test_samples_hold_neighbors_and_what_follows_them(corpus: tuple[str, ...]) -> None:
@@ -92,7 +125,7 @@ def test_samples_hold_neighbors_and_what_follows_them(corpus: tuple[str, ...]) -
         assert sample["context_tokens"].dtype == np.int32
         assert all(np.array_equal(sample[name], value) for name, value in plain.items())
         first = split.neighbors(1)[0, 0]  # type: ignore[union-attr]
-        wanted = database.tokens[[first, (first + 1) % len(database.tokens)]].ravel()
+        wanted = database.tokens[[first // M, (first // M + 1) % len(database.tokens)]].ravel()
         np.testing.assert_array_equal(sample["context_tokens"][0, 0], wanted)
     text = {bytes(row.tolist()) for row in database.tokens.astype(np.uint8)}
     held_out = [splits.validation.samples.tokens.get(i) for i in splits.validation.samples.documents]  # type: ignore[union-attr]
@@ -120,11 +153,11 @@ def test_a_blend_finds_in_all_of_its_documents(tmp_path: Path) -> None:
     train = build(("0.5", data[0], "0.5", data[1])).train
     database, sources = train.chunks.database, [build((name,)).train.chunks.database for name in data]
     assert len(database.tokens) == sum(len(source.tokens) for source in sources)
-    border, seen = len(sources[0].tokens), np.concatenate([train.neighbors(i).ravel() for i in range(len(train))])
+    border, seen = len(sources[0].tokens) * M, np.concatenate([train.neighbors(i).ravel() for i in range(len(train))])
     assert (seen < border).any() and (seen >= border).any()
     for index in range(len(train)):
         for document in train._own_documents(index):
-            own = np.arange(database.starts[document], database.starts[document + 1])
+            own = M * np.arange(database.starts[document], database.starts[document + 1])
             assert not np.isin(train.neighbors(index), own).any()
 
 

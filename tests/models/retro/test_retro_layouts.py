@@ -56,6 +56,11 @@ MODELS: dict[str, RetroConfig] = {
         post_layer_norm=True, retro_chunk_length=5, retro_num_neighbors=1, retro_num_retrieved_chunks=1,
         retro_encoder_num_layers=1,
     ),
+    # As the default: places of text and neighbours on one line. The first chunk is short.
+    "retro_relative": RetroConfig(
+        **_SIZES, retro_chunk_length=6, retro_encoder_num_layers=1, position_embedding_type="rope",
+        retro_encoder_rotary=True, retro_cross_attention_rotary=True,
+    ),
 }  # fmt: skip
 LAYOUTS = [
     Layout(devices=2),
@@ -70,6 +75,7 @@ LAYOUTS = [
 ALL_AT_ONCE = Layout(tp=2, sp=True, zero=3)
 CASES = [
     pytest.param("retro", ALL_AT_ONCE),
+    pytest.param("retro_relative", ALL_AT_ONCE),
     pytest.param("retro_odd", ALL_AT_ONCE, marks=pytest.mark.slow),
     *(pytest.param(model, layout, marks=pytest.mark.slow) for model in MODELS for layout in LAYOUTS),
 ]

@@ -15,10 +15,14 @@ from flax import linen as nn
 
 from megajax.backends import LocalSpecProvider
 from megajax.config import ConfigError, TransformerConfig
+from megajax.models.common.layer_parts import cross_attention_spec
 from megajax.models.retro.chunks import chunks, in_sequence, num_chunks, readers
 from megajax.models.retro.config import RetroConfig
+from megajax.models.retro.decoder_attention import RetroDecoderCrossAttention
 from megajax.models.retro.decoder_spec import get_retro_decoder_block_spec
+from megajax.models.retro.encoder_attention import RetroEncoderCrossAttention
 from megajax.models.retro.model import RETROModel
+from megajax.ops.attention import AttentionMask
 
 M, K, R, VOCAB = 4, 2, 8, 30
 CONFIG = RetroConfig(
@@ -120,6 +124,59 @@ def test_the_encoder_knows_the_order_of_tokens_where_it_has_positions() -> None:
     for config, knows in ((rope, False), (rope.replace(retro_encoder_rotary=True), True)):
         difference = np.abs(call(tokens, backwards, config) - call(tokens, context, config)).max()
         assert (difference > 1e-2) == knows
+
+
+def turned(x: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """x [..., S, head size] at these places [S]: the two halves of a head are complex numbers that turn."""
+    half = x.shape[-1] // 2
+    turns = np.exp(1j * places[:, None] * 10000.0 ** (-np.arange(half) / half))
+    y = (x[..., :half] + 1j * x[..., half:]) * turns
+    return np.concatenate([y.real, y.imag], axis=-1)
+
+
+def attended(params: Any, x: np.ndarray, places: np.ndarray, context: np.ndarray, of_context: np.ndarray) -> np.ndarray:
+    """Cross-attention of x [S, D] to a context [T, D], with a rotary embedding of their places."""
+
+    def heads(name: str, inputs: np.ndarray) -> np.ndarray:
+        return (inputs @ params[name]["kernel"] + params[name]["bias"]).reshape(len(inputs), 2, -1).swapaxes(0, 1)
+
+    q, k = turned(heads("linear_q", x), places), turned(heads("linear_k", context), of_context)
+    scores = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]))
+    y = (scores / scores.sum(-1, keepdims=True) @ heads("linear_v", context)).swapaxes(0, 1).reshape(len(x), -1)
+    return y @ params["linear_proj"]["kernel"] + params["linear_proj"]["bias"]
+
+
+@pytest.mark.parametrize("length", [12, 10])
+def test_places_of_neighbors_are_those_of_the_chunk_and_what_follows_it(length: int) -> None:
+    """Text and neighbours read each other with places counted from the start of the chunk; a short one is the first."""
+    config = CONFIG.replace(position_embedding_type="rope", retro_cross_attention_rotary=True)
+    rng = np.random.default_rng(0)
+    L, D = num_chunks(length, M), CONFIG.hidden_size
+    ends = length - M * np.arange(L)[::-1]  # of each chunk
+    submodules = cross_attention_spec(LocalSpecProvider()).submodules
+    x, neighbors = rng.normal(size=(1, length, D)), rng.normal(size=(L * K, R, D))
+
+    decoder = RetroDecoderCrossAttention(config, submodules)
+    inputs = jnp.asarray(x, jnp.float32), jnp.asarray(neighbors, jnp.float32)
+    params = nn.unbox(decoder.init(jax.random.key(0), *inputs, mask=AttentionMask()))
+    found = np.asarray(decoder.apply(params, *inputs, mask=AttentionMask()))[0]
+    wanted = np.zeros((length, D))
+    for chunk, end in enumerate(ends):
+        readers_ = np.arange(end - 1, min(end - 1 + M, length))
+        context = neighbors[chunk * K : (chunk + 1) * K].reshape(-1, D)
+        places = readers_ - max(0, end - M)
+        wanted[readers_] = attended(params["params"]["attn"], x[0, readers_], places, context, np.tile(np.arange(R), K))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+    encoder = RetroEncoderCrossAttention(config, submodules, attention_dropout=0.0)
+    inputs = inputs[1], chunks(inputs[0], M)
+    params = nn.unbox(encoder.init(jax.random.key(0), *inputs, mask=AttentionMask()))
+    read: Any = encoder.apply(params, *inputs, mask=AttentionMask())
+    for chunk in range(L):
+        for neighbor in range(chunk * K, (chunk + 1) * K):
+            text = np.asarray(inputs[1][chunk], float)
+            wanted = attended(params["params"]["attn"], neighbors[neighbor], np.arange(R), text, np.arange(M))
+            np.testing.assert_allclose(read.output[neighbor], wanted, atol=1e-5)
 
 
 def test_hidden_tokens_of_neighbors_change_nothing() -> None:
@@ -231,6 +288,7 @@ def test_a_plain_config_will_do() -> None:
         ({"num_query_groups": 1}, "num_query_groups=1"),
         ({"window_size": (4, 0)}, "window_size"),
         ({"retro_encoder_rotary": True}, "retro_encoder_rotary=True has no effect with position_embedding_type="),
+        ({"retro_cross_attention_rotary": True}, "retro_cross_attention_rotary=True has no effect with position_"),
         ({"mtp_num_layers": 1}, "mtp_num_layers"),
     ],
 )

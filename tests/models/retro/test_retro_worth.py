@@ -54,10 +54,14 @@ def noise_with_its_continuation(rng: np.random.Generator) -> dict[str, np.ndarra
     }
 
 
-def test_it_learns_to_copy_from_neighbors() -> None:
+RELATIVE = READER.replace(position_embedding_type="rope", retro_encoder_rotary=True, retro_cross_attention_rotary=True)
+
+
+@pytest.mark.parametrize("model", [READER, RELATIVE], ids=["learned places", "relative places"])
+def test_it_learns_to_copy_from_neighbors(model: RetroConfig) -> None:
     config = Config(
         model_family="retro",
-        model=READER,
+        model=model,
         optimizer=OptimizerConfig(optimizer="muon", lr=1.5e-2, lr_decay_style="cosine", min_lr=1e-3),
         data=DataConfig(seq_length=LENGTH),
         train=TrainConfig(train_iters=STEPS, micro_batch_size=BATCH),
