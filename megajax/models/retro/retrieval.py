@@ -17,7 +17,7 @@ import numpy as np
 from megajax.config import ConfigError
 
 NGRAMS = (1, 2, 3, 4, 5)
-FEATURES = 1024
+FEATURES = 512
 """E. The n-grams are hashed into so many sums with random signs, which keeps dot products but for about 1/sqrt(E)."""
 SCALE = 2048
 """Embeddings have about this length and whole numbers, so that every dot product is a whole number below 2^24: exact
