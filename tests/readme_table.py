@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
     "RADIO": (("radio",), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
     "LLaVA": (("llava", "llava_experts"), {"CP": WHOLE}),
-    "RETRO": (("retro", "retro_odd"), {"CP": NOT_THERE, "PP": NOT_THERE, "EP": NO_EXPERTS}),
+    "RETRO": (("retro", "retro_odd", "retro_relative"), {"CP": NOT_THERE, "PP": NOT_THERE, "EP": NO_EXPERTS}),
 }
 """Row of the table -> models of the tests, and why a parallelism has no layout."""
 

@@ -173,7 +173,7 @@ FLAGS = (
 )
 
 
-LEARNED = "--position-embedding-type learned_absolute --no-retro-encoder-rotary"
+LEARNED = "--position-embedding-type learned_absolute --no-retro-encoder-rotary --no-retro-cross-attention-rotary"
 
 
 @pytest.mark.parametrize(
