@@ -111,6 +111,8 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     softmax_scale: float | None = None
     scale_attn_by_inverse_layer_idx: bool = False
     """Layer i, from 1, divides its scores by i, too; no two layers are alike then, and each is compiled by itself."""
+    attn_logit_softcapping: float | None = None
+    """Scores become `cap * tanh(scores / cap)` (arXiv:2408.00118)."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
     attention_softmax_in_fp32: bool = True
     apply_query_key_layer_scaling: bool = False
@@ -159,6 +161,8 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
 
     # Loss
+    final_logit_softcapping: float | None = None
+    """Logits become `cap * tanh(logits / cap)` (arXiv:2408.00118)."""
     label_smoothing: float = 0.0
     z_loss_coeff: float = 0.0
     """Adds z_loss_coeff * logsumexp(logits)^2 to the loss of each token."""
@@ -201,6 +205,7 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
             not (self.scale_attn_by_inverse_layer_idx and self.multi_latent_attention),
             "scale_attn_by_inverse_layer_idx=True is not possible with multi_latent_attention; drop one",
         )
+        require_positive(self, "attn_logit_softcapping", "final_logit_softcapping")
         if self.window_size is not None:
             require(
                 len(self.window_size) == 2 and min(self.window_size) >= -1,

@@ -28,7 +28,7 @@ class AttentionUse:
       packed: segment ids keep the documents of a sequence apart.
       hidden_keys: a mask hides some keys from all queries; dense_mask: it differs between queries.
       varied_bias: one bias a sample. odd: an odd number of queries or keys.
-      sink: `softmax_type` is not "vanilla".
+      sink: `softmax_type` is not "vanilla". softcap: `attn_logit_softcapping` is set.
       cached: keys of earlier calls come before those of this one.
       ring, gathered: keys travel around a ring, or are gathered, under context parallelism; zigzag: balanced.
       cudnn_missing: the library is not there to compile with.
@@ -46,6 +46,7 @@ class AttentionUse:
     varied_bias: bool = False
     odd: bool = False
     sink: bool = False
+    softcap: bool = False
     dropout: bool = False
     cached: bool = False
     ring: bool = False
@@ -97,6 +98,7 @@ _CUDNN = (
         lambda use, gpu: use.dropout,
         "has no attention_dropout that differs from step to step; set attention_dropout=0",
     ),
+    Rule(lambda use, gpu: use.softcap, "has no soft cap of scores, as attn_logit_softcapping asks for"),
     Rule(
         lambda use, gpu: use.cudnn_missing,
         "is not installed here, where the program is compiled; pip install --no-deps nvidia-cudnn-cu12",

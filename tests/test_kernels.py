@@ -45,6 +45,7 @@ CUDNN_CANNOT: list[tuple[tuple[int, int], dict[str, Any], str, str]] = [
     (H100, {"packed": True}, "packed documents", "pallas"),
     (H100, {"hidden_keys": True}, "dense bias", "pallas"),
     (H100, {"hidden_keys": True, "dense_mask": True}, "differs between queries", "plain"),
+    (H100, {"softcap": True}, "no soft cap of scores", "pallas"),
     (H100, {"dropout": True}, "attention_dropout=0", "pallas"),
     (H100, {"window": (8, 0), "causal": False}, "left of causal", "pallas"),
     (H100, {"gathered": True}, "cp_comm_type='all_gather'", "pallas"),

@@ -14,13 +14,13 @@ Array = jax.Array
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["q_segment_ids", "kv_segment_ids", "keep", "offset", "bias"],
-    meta_fields=["causal", "window"],
+    meta_fields=["causal", "window", "softcap"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
     """Which keys a query may see: the conjunction of all that is given. A record, so that kernels need no dense mask.
 
-    And how much it favours each, which has no other place to go along.
+    And what else is done to their scores, which has no other place to go along.
 
     Attributes:
       causal: query i sees keys j <= i + offset.
@@ -30,6 +30,7 @@ class AttentionMask:
       offset: index, among the keys, of query 0: the number of keys that a cache held before; None is 0, known before
         the program runs.
       bias: broadcastable to [B, N, S, T]; added to the scaled scores (arXiv:1910.10683).
+      softcap: scaled scores, before the bias, become `softcap * tanh(scores / softcap)` (arXiv:2408.00118).
     """
 
     causal: bool = False
@@ -39,6 +40,7 @@ class AttentionMask:
     keep: Array | None = None
     offset: Array | int | None = None
     bias: Array | None = None
+    softcap: float | None = None
 
     @property
     def start(self) -> Array | int:
@@ -75,6 +77,16 @@ class AttentionMask:
         for part in parts:
             mask = part if mask is None else mask & part
         return mask
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """`cap * tanh(x / cap)`: within (-cap, cap), and almost x where that is small. None leaves x alone."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def soft_cap_slope(capped: Array, cap: float) -> Array:
+    """The derivative of `soft_cap`, from its value."""
+    return 1.0 - jnp.square(capped / cap)
 
 
 def softmax_with_sink(scores: Array, sink: Array | float | None) -> Array:
@@ -115,7 +127,7 @@ def dot_product_attention(
     q_BGRSK = q_BSNK.reshape(B, S, G, N // G, -1).transpose(0, 2, 3, 1, 4)
     k_BGTK, v_BGTK = k_BTGK.transpose(0, 2, 1, 3), v_BTGK.transpose(0, 2, 1, 3)
     scores = jnp.einsum("BGRSK,BGTK->BGRST", q_BGRSK, k_BGTK, preferred_element_type=jnp.float32)
-    scores = scores * scale
+    scores = soft_cap(scores * scale, mask.softcap)
     if mask.bias is not None:
         scores += mask.bias.reshape(-1, G, N // G, S, T)
     scores = scores.astype(softmax_dtype)
@@ -178,13 +190,20 @@ def attention_dropout_kept(key: Array, rate: float, shape: tuple[int, int, int, 
 
 
 def attention_block(
-    q_BSNK: Array, k_BTGK: Array, v_BTGK: Array, keep: Array | None, *, scale: float, softmax_dtype: jnp.dtype
+    q_BSNK: Array,
+    k_BTGK: Array,
+    v_BTGK: Array,
+    keep: Array | None,
+    *,
+    scale: float,
+    softmax_dtype: jnp.dtype,
+    softcap: float | None = None,
 ) -> tuple[Array, Array]:
     """Attention to these keys alone: output [B, S, N, K] and log-sum-exp of the scores [B, S, N].
 
     Where no key is visible the output is 0 and the log-sum-exp -inf. Blocks are put together by `merge_blocks`.
     """
-    scores_BGRST = _block_scores(q_BSNK, k_BTGK, scale, softmax_dtype)
+    scores_BGRST = _block_scores(q_BSNK, k_BTGK, scale, softcap).astype(softmax_dtype).astype(jnp.float32)
     if keep is not None:
         scores_BGRST = jnp.where(keep[:, :, None], scores_BGRST, -jnp.inf)
     top = jnp.max(scores_BGRST, axis=-1, keepdims=True)
@@ -217,6 +236,7 @@ def attention_block_gradients(
     delta_BSN: Array,
     scale: float,
     softmax_dtype: jnp.dtype,
+    softcap: float | None = None,
 ) -> tuple[Array, Array, Array]:
     """What one block of keys adds to the gradients of q, and the gradients of its k and v; the block is recomputed.
 
@@ -231,22 +251,25 @@ def attention_block_gradients(
     def grouped(x_BSN: Array) -> Array:
         return x_BSN.reshape(B, S, G, N // G).transpose(0, 2, 3, 1)[..., None]
 
-    probs = jnp.exp(_block_scores(q_BSNK, k_BTGK, scale, softmax_dtype) - grouped(lse_BSN))
+    scores = _block_scores(q_BSNK, k_BTGK, scale, softcap)
+    probs = jnp.exp(scores.astype(softmax_dtype).astype(jnp.float32) - grouped(lse_BSN))
     if keep is not None:
         probs = jnp.where(keep[:, :, None], probs, 0.0)
     q_BSGRK, dy_BSGRK = (x.reshape(B, S, G, N // G, K) for x in (q_BSNK, dy_BSNK))
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dv_BTGK = product("BGRST,BSGRK->BTGK", probs.astype(dy_BSNK.dtype), dy_BSGRK)
     dprobs = product("BSGRK,BTGK->BGRST", dy_BSGRK, v_BTGK)
-    dscores = (probs * (dprobs - grouped(delta_BSN)) * scale).astype(q_BSNK.dtype)
+    dscores = probs * (dprobs - grouped(delta_BSN)) * scale
+    dscores = dscores if softcap is None else dscores * soft_cap_slope(scores, softcap)
+    dscores = dscores.astype(q_BSNK.dtype)
     dq_BSGRK = product("BGRST,BTGK->BSGRK", dscores, k_BTGK)
     dk_BTGK = product("BGRST,BSGRK->BTGK", dscores, q_BSGRK)
     return dq_BSGRK.reshape(B, S, N, K), dk_BTGK, dv_BTGK
 
 
-def _block_scores(q_BSNK: Array, k_BTGK: Array, scale: float, softmax_dtype: jnp.dtype) -> Array:
+def _block_scores(q_BSNK: Array, k_BTGK: Array, scale: float, softcap: float | None) -> Array:
     B, S, N, K = q_BSNK.shape
     G = k_BTGK.shape[2]
     q_BSGRK = q_BSNK.reshape(B, S, G, N // G, K)
     scores = jnp.einsum("BSGRK,BTGK->BGRST", q_BSGRK, k_BTGK, preferred_element_type=jnp.float32)
-    return (scores * scale).astype(softmax_dtype).astype(jnp.float32)
+    return soft_cap(scores * scale, softcap)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from megajax.ops.attention import soft_cap, soft_cap_slope
+
 Array = jax.Array
 
 LOGITS_PER_CHUNK = 2**22
@@ -83,16 +85,18 @@ class LossGradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LinearCrossEntropy:
-    """`cross_entropy(x @ kernel + bias, labels)` with logits only ever held for a chunk of the sequence.
+    """`cross_entropy(soft_cap(x @ kernel + bias), labels)` with logits only ever held for a chunk of the sequence.
 
     Attributes:
       options: what the loss is made of.
+      softcap: of the logits (`megajax.ops.attention.soft_cap`).
       vocab_axes: inside a manual region, the mesh axes that divide the columns of the kernel, in this order. Losses are
         then those of the whole vocabulary; d_x and d_kernel are this device's part of a sum.
     """
 
     options: CrossEntropyOptions
     vocab_axes: tuple[str, ...] = ()
+    softcap: float | None = None
 
     def losses(
         self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
@@ -102,7 +106,8 @@ class LinearCrossEntropy:
 
         def one(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             x_BCD, labels_BC, weights_BC = chunk
-            loss_BC, _ = self._token_losses(_logits(x_BCD, kernel, bias_V), labels_BC)
+            logits = soft_cap(_logits(x_BCD, kernel, bias_V), self.softcap)
+            loss_BC, _ = self._token_losses(logits, labels_BC)
             return total + jnp.sum(loss_BC * weights_BC), loss_BC
 
         chunks = num_chunks(x_BSD.shape[0], x_BSD.shape[1], kernel.shape[1])
@@ -119,7 +124,10 @@ class LinearCrossEntropy:
         def one(carry: tuple[Array, Array, Array | None], chunk: tuple[Array, Array, Array]) -> Any:
             total, d_kernel, d_bias = carry
             x_BCD, labels_BC, weights_BC = chunk
-            loss_BC, gradient = self._token_losses(_logits(x_BCD, kernel, bias_V), labels_BC)
+            logits = soft_cap(_logits(x_BCD, kernel, bias_V), self.softcap)
+            loss_BC, gradient = self._token_losses(logits, labels_BC)
+            if self.softcap is not None:
+                gradient *= soft_cap_slope(logits, self.softcap)
             d_logits = (gradient * weights_BC[..., None]).astype(x_BSD.dtype).reshape(-1, V)
             d_kernel += jnp.dot(x_BCD.reshape(-1, D).T, d_logits, preferred_element_type=jnp.float32)
             d_x = jnp.dot(d_logits, kernel.T).reshape(x_BCD.shape)

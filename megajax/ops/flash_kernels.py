@@ -34,7 +34,7 @@ class Problem:
     """What is the same in all blocks.
 
     Attributes:
-      causal, left, right: as in `AttentionMask`; -1 is unlimited.
+      causal, left, right, softcap: as in `AttentionMask`; -1 is unlimited.
       heads: of queries.
       own, other: rows of the block that stays and of those that pass by.
     """
@@ -47,6 +47,7 @@ class Problem:
     own: int
     other: int
     dropout: "Dropout | None" = None
+    softcap: float | None = None
 
 
 class Dropout(NamedTuple):
@@ -96,7 +97,7 @@ def attention_forward(inputs: Inputs, y_ref: Ref, lse_ref: Ref, *, problem: Prob
     def add(block: Array, state: tuple[Pieces, Array, Array]) -> tuple[Pieces, Array, Array]:
         y, top_O, total_O = state
         keys = _other_rows(problem, block, inputs.k, inputs.k_ids)
-        scores_OP = _scores_of_queries(problem, inputs, queries, keys)
+        scores_OP, _ = _scores_of_queries(problem, inputs, queries, keys)
         new_top_O = jnp.maximum(top_O, jnp.max(scores_OP, axis=1))
         weights_OP, shrink_O = jnp.exp2(scores_OP - new_top_O[:, None]), jnp.exp2(top_O - new_top_O)
         total_O = total_O * shrink_O + jnp.sum(weights_OP, axis=1)
@@ -122,10 +123,11 @@ def attention_backward_q(inputs: Inputs, upstream: Upstream, dq_ref: Ref, *, pro
 
     def add(block: Array, dq: Pieces) -> Pieces:
         keys = _other_rows(problem, block, inputs.k, inputs.k_ids)
-        probs_OP = jnp.exp2(_scores_of_queries(problem, inputs, queries, keys) - lse_O[:, None])
+        scores_OP, slope_OP = _scores_of_queries(problem, inputs, queries, keys)
+        probs_OP = jnp.exp2(scores_OP - lse_O[:, None])
         dprobs_OP = _product(dy, _pieces(inputs.v, keys.at))
         dprobs_OP = _dropped(problem, inputs, dprobs_OP, sample, head, queries, keys)
-        dscores_OP = (probs_OP * (dprobs_OP - delta_O[:, None])).astype(inputs.k.dtype)
+        dscores_OP = (probs_OP * (dprobs_OP - delta_O[:, None]) * slope_OP).astype(inputs.k.dtype)
         return [old + triton.dot(dscores_OP, x) for old, x in zip(dq, keys.x, strict=True)]
 
     dq = jax.lax.fori_loop(inputs.reach[0], inputs.reach[1], add, _zeros(problem.own, dq_ref))
@@ -149,12 +151,13 @@ def attention_backward_kv(inputs: Inputs, upstream: Upstream, dk_ref: Ref, dv_re
         )
         bias_OP = None if inputs.bias is None else inputs.bias[head, queries.at, :].T
         distance_OP = keys.index[:, None] - queries.index[None, :] - inputs.reach[2]
-        probs_OP = jnp.exp2(_scores(problem, keys, queries, distance_OP, bias_OP) - lse_P[None, :])
+        scores_OP, slope_OP = _scores(problem, keys, queries, distance_OP, bias_OP)
+        probs_OP = jnp.exp2(scores_OP - lse_P[None, :])
         place = sample, group * heads + head, queries, keys
         kept_OP = _dropped(problem, inputs, probs_OP, *place, keys_stay=True)
         dv = [old + triton.dot(kept_OP.astype(x.dtype), x) for old, x in zip(dv, dy, strict=True)]
         dprobs_OP = _dropped(problem, inputs, _product(v, dy), *place, keys_stay=True)
-        dscores_OP = (probs_OP * (dprobs_OP - delta_P[None, :])).astype(inputs.q.dtype)
+        dscores_OP = (probs_OP * (dprobs_OP - delta_P[None, :]) * slope_OP).astype(inputs.q.dtype)
         return [old + triton.dot(dscores_OP, x) for old, x in zip(dk, queries.x, strict=True)], dv
 
     start = _zeros(problem.own, dk_ref), _zeros(problem.own, dv_ref)
@@ -185,7 +188,7 @@ def attention_backward_bias(inputs: Inputs, upstream: Upstream, dbias_ref: Ref, 
                 )
             )
             distance_OP = keys.index[None, :] - queries.index[:, None] - inputs.reach[at_sample, 2]
-            scores_OP = _scores(problem, queries, keys, distance_OP, inputs.bias[...])
+            scores_OP, _ = _scores(problem, queries, keys, distance_OP, inputs.bias[...])
             probs_OP = jnp.exp2(scores_OP - upstream.lse[sample, every][:, None] * _LOG2_E)
             dprobs_OP = _product(_pieces(upstream.dy, sample, every), _pieces(inputs.v, sample, every))
             dprobs_OP = _dropped(problem, inputs, dprobs_OP, first_sample + sample, head, queries, keys)
@@ -219,22 +222,33 @@ def _other_rows(problem: Problem, block: Array, ref: Ref, ids: Ref, *head: Array
     return _Rows(at, index, _pieces(ref, at, *head), None if ids is None else ids[at])
 
 
-def _scores_of_queries(problem: Problem, inputs: Inputs, queries: _Rows, keys: _Rows) -> Array:
+def _scores_of_queries(problem: Problem, inputs: Inputs, queries: _Rows, keys: _Rows) -> tuple[Array, Array | float]:
     bias_OP = None if inputs.bias is None else inputs.bias[:, keys.at]
     distance_OP = keys.index[None, :] - queries.index[:, None] - inputs.reach[2]
     return _scores(problem, queries, keys, distance_OP, bias_OP)
 
 
-def _scores(problem: Problem, own: _Rows, other: _Rows, distance_OP: Array, bias_OP: Array | None) -> Array:
-    """Of keys that come so far after the queries: in powers of two, `_HIDDEN` where a query may not see a key."""
-    scores_OP = _product(own.x, other.x) * (problem.scale * _LOG2_E)
+def _scores(
+    problem: Problem, own: _Rows, other: _Rows, distance_OP: Array, bias_OP: Array | None
+) -> tuple[Array, Array | float]:
+    """Of keys that come so far after the queries: in powers of two, `_HIDDEN` where a query may not see a key; and how
+    they grow with the scaled products: less where a soft cap bends them.
+    """
+    slope_OP: Array | float = 1.0
+    if problem.softcap is None:
+        scores_OP = _product(own.x, other.x) * (problem.scale * _LOG2_E)
+    else:
+        bent_OP = jnp.tanh(_product(own.x, other.x) * (problem.scale / problem.softcap))
+        scores_OP, slope_OP = bent_OP * (problem.softcap * _LOG2_E), 1.0 - bent_OP * bent_OP
     if bias_OP is not None:
         scores_OP += bias_OP.astype(jnp.float32) * _LOG2_E
     seen = [] if own.ids is None or other.ids is None else [own.ids[:, None] == other.ids[None, :]]
     seen += [distance_OP <= 0] if problem.causal else []
     seen += [distance_OP >= -problem.left] if problem.left >= 0 else []
     seen += [distance_OP <= problem.right] if problem.right >= 0 else []
-    return jnp.where(functools.reduce(operator.and_, seen), scores_OP, _HIDDEN) if seen else scores_OP
+    if seen:
+        scores_OP = jnp.where(functools.reduce(operator.and_, seen), scores_OP, _HIDDEN)
+    return scores_OP, slope_OP
 
 
 def _dropped(

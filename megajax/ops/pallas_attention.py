@@ -215,7 +215,9 @@ class _Call:
             visible, own, other = visible.swapaxes(1, 2), columns, rows
         return cls(
             kernel,
-            Problem(scale, mask.causal, *(mask.window or (-1, -1)), q.shape[2], own, other, _static(dropout)),
+            Problem(
+                scale, mask.causal, *(mask.window or (-1, -1)), q.shape[2], own, other, _static(dropout), mask.softcap
+            ),
             Inputs(reach(visible, mask.start), q, k, v, *(ids or (None, None)), bias, _words(dropout)),
             blocks,
             q.shape[0] * q.shape[2] * pairs_of(mask, filled, sizes),

@@ -110,9 +110,8 @@ def context_parallel_attention(
     if key is not None and kernel is None:
         # Outside of the manual region, where it is the same whatever the mesh; every device makes its part.
         kept = attention_dropout_kept(key, dropout_rate, shape)
-    region = _Region(
-        layout, ring, zigzag, mask.causal, mask.window, scale, softmax_dtype, dropout_rate, kernel, value_size
-    )
+    seen = AttentionMask(mask.causal, mask.window, softcap=mask.softcap)
+    region = _Region(layout, ring, zigzag, seen, scale, softmax_dtype, dropout_rate, kernel, value_size)
     return region(q_BSNK, k_BTGK, v_BTGK, sink_N, mask, kept)
 
 
@@ -169,8 +168,8 @@ class _Region:
     layout: _Layout
     ring: bool
     zigzag: bool
-    causal: bool
-    window: tuple[int, int] | None
+    seen: AttentionMask
+    """What of the mask is no array."""
     scale: float
     softmax_dtype: jnp.dtype
     dropout_rate: float
@@ -230,7 +229,7 @@ class _Region:
         k, v = (self._needed_heads(x, q.shape[2]).astype(dtype) for x in (k, v))
         if self.layout.ulysses > 1:
             q, k, v, sink = self._trade_sequence_for_heads(q, k, v, sink)
-        mask = AttentionMask(self.causal, self.window, q_ids, kv_ids, keep, bias=bias)
+        mask = dataclasses.replace(self.seen, q_segment_ids=q_ids, kv_segment_ids=kv_ids, keep=keep, bias=bias)
         if self.ring:
             ring = Ring(CP, self.layout.cp, self.zigzag, self.scale, self.softmax_dtype, self.kernel)
             sink = None if sink is None else sink.astype(self.softmax_dtype).astype(jnp.float32)
@@ -303,7 +302,7 @@ class _Region:
         kv = jnp.take(kv, order, axis=2)
         # The early chunk is in the first half of the sequence, so causality hides all that follows from it. Unless
         # `keep` hides the rest: then it attends to all keys equally.
-        seen = min(T, n * S // 2) if self.causal and mask.keep is None else T
+        seen = min(T, n * S // 2) if mask.causal and mask.keep is None else T
         chunks = [(slice(0, S // 2), rank, seen), (slice(S // 2, S), 2 * n - 1 - rank, T)]
         parts = []
         for rows, chunk, keys in chunks:

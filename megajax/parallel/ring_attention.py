@@ -5,7 +5,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,9 +185,13 @@ class _Seen(NamedTuple):
 def _block(ring: Ring, seen: _Seen, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """Output and log-sum-exp of attention to a block of keys, both fp32."""
     if ring.kernel is None:
-        return attention_block(q, k, v, seen.keep, scale=ring.scale, softmax_dtype=ring.softmax_dtype)
+        return attention_block(q, k, v, seen.keep, **_options(ring, seen))
     y, lse = ring.kernel.forward(q, k, v, None, seen.mask, ring.scale)
     return y.astype(jnp.float32), lse
+
+
+def _options(ring: Ring, seen: _Seen) -> dict[str, Any]:
+    return {"scale": ring.scale, "softmax_dtype": ring.softmax_dtype, "softcap": seen.mask.softcap}
 
 
 class _OfRows(NamedTuple):
@@ -203,10 +207,8 @@ class _OfRows(NamedTuple):
 def _block_gradients(ring: Ring, seen: _Seen, rows: _OfRows, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """What a block of keys adds to dq, and its dk and dv, all fp32."""
     if ring.kernel is None:
-        options = {"scale": ring.scale, "softmax_dtype": ring.softmax_dtype}
-        return attention_block_gradients(
-            rows.q, k, v, seen.keep, dy_BSNK=rows.dy, lse_BSN=rows.lse, delta_BSN=rows.delta, **options
-        )
+        kept = {"dy_BSNK": rows.dy, "lse_BSN": rows.lse, "delta_BSN": rows.delta}
+        return attention_block_gradients(rows.q, k, v, seen.keep, **kept, **_options(ring, seen))
     gradients = ring.kernel.backward(rows.q, k, v, None, seen.mask, ring.scale, rows.y, rows.lse, rows.dy)[:3]
     dq, dk, dv = (x.astype(jnp.float32) for x in gradients)
     return dq, dk, dv
@@ -233,6 +235,7 @@ def _visits(
             q_segment_ids=None if q_ids is None else _cut(q_ids, *rows),
             kv_segment_ids=None if kv_ids is None else _cut(kv_ids, *columns),
             keep=keep,
+            softcap=mask.softcap,
         )
         q_rows, k_rows = _cut(q_index, *rows, dim=0), _cut(k_index, block.k_start, block.k_size, dim=0)
         if ring.kernel is None:

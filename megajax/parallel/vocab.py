@@ -181,6 +181,7 @@ class VocabParallelCrossEntropy:
 
     options: CrossEntropyOptions
     layout: VocabLayout
+    softcap: float | None = None
 
     def losses(
         self, x_BSD: Array, kernel_DV: Array, bias_V: Array | None, labels_BS: Array, weights_BS: Array
@@ -222,7 +223,7 @@ class VocabParallelCrossEntropy:
 
     @property
     def _compute(self) -> LinearCrossEntropy:
-        return LinearCrossEntropy(self.options, self.layout.vocab)
+        return LinearCrossEntropy(self.options, self.layout.vocab, self.softcap)
 
     @property
     def _in_specs(self) -> tuple[PartitionSpec, ...]:
@@ -240,7 +241,9 @@ class VocabParallelCrossEntropy:
         return jax.lax.psum(total, self.layout.tokens) if self.layout.tokens else total
 
 
-def loss_computation(options: CrossEntropyOptions) -> LossComputation:
-    """The loss for the mesh in context, or for one device where there is none."""
+def loss_computation(options: CrossEntropyOptions, softcap: float | None = None) -> LossComputation:
+    """The loss for the mesh in context, or for one device where there is none. softcap: of the logits."""
     layout = VocabLayout.in_context()
-    return LinearCrossEntropy(options) if layout is None else VocabParallelCrossEntropy(options, layout)
+    if layout is None:
+        return LinearCrossEntropy(options, softcap=softcap)
+    return VocabParallelCrossEntropy(options, layout, softcap)

@@ -16,6 +16,7 @@ _NO_ATTENTION: dict[str, Any] = {
     "kv_channels": None,
     "softmax_scale": None,
     "scale_attn_by_inverse_layer_idx": False,
+    "attn_logit_softcapping": None,
     "softmax_type": "vanilla",
     "apply_query_key_layer_scaling": False,
     "window_size": None,

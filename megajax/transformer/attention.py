@@ -50,6 +50,7 @@ class DotProductAttention(nn.Module):
         fp32 = cfg.attention_softmax_in_fp32 or cfg.apply_query_key_layer_scaling
         drop = cfg.attention_dropout if not deterministic else 0.0
         sink_N = attention_sink(self, cfg)
+        mask = dataclasses.replace(mask, softcap=cfg.attn_logit_softcapping)
         kernel, value_size = self.kernel(q, k, mask, deterministic=deterministic)
         if kernel is not None and self.is_initializing():
             return jnp.zeros_like(q)  # only parameters are wanted, of many layers at once, which kernels do not know

@@ -57,6 +57,7 @@ class FusedAttention(DotProductAttention):
             varied_bias=bias is not None and bias.shape[0] > 1,
             odd=q.shape[1] % 2 + k.shape[1] % 2 > 0,
             sink=cfg.softmax_type != "vanilla",
+            softcap=cfg.attn_logit_softcapping is not None,
             dropout=cfg.attention_dropout > 0 and not deterministic,
             cached=mask.offset is not None,
             ring=divided and self.cp_comm_type in ("p2p", "a2a+p2p"),

@@ -110,3 +110,13 @@ def test_dropout_keeps_the_mean_and_repeats_with_its_key() -> None:
     assert not np.array_equal(attend(0), attend(1))
     plain = dot_product_attention(q, k, v, mask=CAUSAL, scale=1.0)
     np.testing.assert_allclose(jnp.mean(jax.vmap(attend)(jnp.arange(4000)), axis=0), plain, atol=0.12)
+
+
+def test_soft_cap_in_float64() -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.normal(size=(1, 4, 1, 8)).astype(np.float32) for _ in range(3))
+    scores = 1.5 * q[0, :, 0].astype(np.float64) @ k[0, :, 0].T
+    weights = np.exp(2.0 * np.tanh(scores / 2.0))
+    expected = weights / weights.sum(-1, keepdims=True) @ v[0, :, 0]
+    got = dot_product_attention(*map(jnp.asarray, (q, k, v)), mask=AttentionMask(softcap=2.0), scale=1.5)
+    np.testing.assert_allclose(got[0, :, 0], expected, atol=2e-6, rtol=1e-5)

@@ -67,10 +67,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "softcap"),
+    [*((options, None) for options in OPTIONS.values()), (OPTIONS["all"], 2.0)],
+    ids=[*OPTIONS, "soft cap"],
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_fused_loss_equals_the_plain_one(
-    monkeypatch: pytest.MonkeyPatch, options: CrossEntropyOptions, dtype: Any
+    monkeypatch: pytest.MonkeyPatch, options: CrossEntropyOptions, softcap: float | None, dtype: Any
 ) -> None:
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 2 * 24 * 2)  # three chunks of two positions
     rng = np.random.default_rng(3)
@@ -82,10 +86,12 @@ def test_fused_loss_equals_the_plain_one(
 
     def plain(x: Any, kernel: Any, weights: Any) -> Any:
         logits = jnp.einsum("BSD,DV->BSV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         return jnp.sum(weights * cross_entropy(logits, labels, options))
 
     def fused(x: Any, kernel: Any, weights: Any) -> Any:
-        return fused_linear_cross_entropy(x, kernel, labels, weights, LinearCrossEntropy(options)).weighted_sum
+        computation = LinearCrossEntropy(options, softcap=softcap)
+        return fused_linear_cross_entropy(x, kernel, labels, weights, computation).weighted_sum
 
     arguments = (x, kernel, weights)
     expected, expected_gradients = jax.value_and_grad(lambda a: 3 * plain(*a))(arguments)

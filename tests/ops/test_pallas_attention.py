@@ -71,6 +71,8 @@ CASES = {
     "dropout": Case(AttentionMask(causal=True), dropout=0.3),
     "dropout_packed_sink": Case(packed(causal=True), sink="learned", dropout=0.1),
     "dropout_bias_cross": Case(AttentionMask(keep=keys(jnp.arange(40)[None] < 23)), T=40, bias=1, dropout=0.5),
+    "soft_cap": Case(packed(causal=True, softcap=0.7)),
+    "soft_cap_bias_sink": Case(AttentionMask(causal=True, window=(12, 0), softcap=1.1), bias=B, sink="learned"),
     "narrow_values": Case(packed(causal=True), K=24, value_size=16),
 }
 

@@ -45,13 +45,14 @@ class Case:
     keep: bool = False
     sink: bool = False
     few_keys: bool = False
+    softcap: float | None = None
 
     def mask(self, order: np.ndarray) -> AttentionMask:
         ids = jnp.asarray(DOCUMENTS[:, order]) if self.packed else None
         keep = jnp.asarray(KEEP[:, :, order][..., order]) if self.keep else None
         if self.few_keys:
             keep = jnp.asarray(FEW_KEYS[..., order])
-        return AttentionMask(self.causal, self.window, ids, ids, keep)
+        return AttentionMask(self.causal, self.window, ids, ids, keep, softcap=self.softcap)
 
     def arrays(self) -> list[jax.Array]:
         """q, k, v and the cotangent of the output."""
@@ -64,6 +65,7 @@ CASES = {
     "packed_sink": Case(4, packed=True, sink=True),
     "window_one_kv_head": Case(1, window=(3, 0)),
     "all_with_keep": Case(2, causal=False, keep=True),
+    "soft_cap": Case(2, softcap=0.5),
 }
 # mesh, comm, zigzag, all-to-alls, permutes, all-gathers and reduce-scatters of a forward pass, and with its backward.
 # Ring: n-1 permutes of k and v together, n-1 again in the backward and n-1 of their gradients. Ulysses: q, k and v in
@@ -300,6 +302,7 @@ PART_PAIRS: dict[str, tuple[dict[str, int], Any, bool, Case, tuple[int, ...]]] =
     "ring": ({"cp": 2, "tp": 2}, "p2p", True, Case(2, window=(5, 0), packed=True), (0, 3, 0, 0, 0)),
     "ring_contiguous": ({"cp": 2, "tp": 2}, "p2p", False, Case(1, packed=True, sink=True), (0, 3, 0, 0, 2)),
     "ring_hidden_keys": ({"cp": 2}, "p2p", True, Case(2, few_keys=True), (0, 3, 0, 0, 1)),
+    "ring_soft_cap": ({"cp": 2}, "p2p", True, Case(2, softcap=0.5), (0, 3, 0, 0, 0)),
     "ring_window_both_ways": ({"cp": 2}, "p2p", True, Case(2, causal=False, window=(3, 2)), (0, 3, 0, 0, 0)),
     "gather": ({"cp": 2, "tp": 2}, "all_gather", True, Case(2, window=(5, 0), packed=True), (0, 0, 1, 1, 0)),
     "gather_contiguous": ({"cp": 2, "tp": 2}, "all_gather", False, Case(1, packed=True, sink=True), (0, 0, 1, 1, 2)),

@@ -182,6 +182,21 @@ def test_memory_of_pallas_attention_grows_as_the_sequence(target: str) -> None:
     assert temporaries(2048, None) > 4 * long
 
 
+@on_h100
+def test_a_soft_cap_of_scores_is_pallas() -> None:
+    program, batch = build(absent_gpus(1), {}, {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0})
+    with on_mesh(program):
+        choices = kernels_of_step(program.train_step, program.abstract_state, batch)
+        reason = "cuDNN flash attention has no soft cap of scores, as attn_logit_softcapping asks for"
+        assert describe_kernels(choices) == f"attention: Pallas flash attention ({reason})"
+        lowered = program.train_step.lower(program.abstract_state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+        text = lowered.compile().as_text()
+    assert pallas_calls(text) == dict.fromkeys(
+        ("attention_forward", "attention_backward_q", "attention_backward_kv"), 1
+    )
+    assert f"{SEQ},{SEQ}]" not in text  # no scores
+
+
 LATENT = {"multi_latent_attention": True, "num_query_groups": None, "q_lora_rank": 64, "kv_lora_rank": 32}
 SIZES = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
 

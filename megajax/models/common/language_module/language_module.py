@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.config import TransformerConfig
+from megajax.ops.attention import soft_cap
 from megajax.ops.cross_entropy import (
     CrossEntropyOptions,
     FusedLoss,
@@ -58,6 +59,7 @@ def language_model_logits(
     flat = merge_tokens(hidden_BSD)
     logits = jnp.dot(flat, kernel_DV.astype(flat.dtype), preferred_element_type=jnp.float32)
     logits = logits if bias_V is None else logits + bias_V.astype(jnp.float32)
+    logits = soft_cap(logits, config.final_logit_softcapping)
     logits = constrain(logits.reshape(*hidden_BSD.shape[:-1], -1), "batch", "seq", "act_vocab")
     return logits[..., : config.vocab_size]
 
@@ -79,5 +81,5 @@ def language_model_loss_sum(
     bias_V: Array | None = None,
 ) -> FusedLoss:
     """The weighted sum of the token losses, without ever holding all logits: what a trainer differentiates."""
-    computation = loss_computation(loss_options(config))
+    computation = loss_computation(loss_options(config), config.final_logit_softcapping)
     return fused_linear_cross_entropy(hidden_BSD, kernel_DV, labels, weights, computation, bias_V=bias_V)
