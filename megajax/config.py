@@ -75,7 +75,7 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     # Vocabulary and positions
     vocab_size: int | None = None
     make_vocab_size_divisible_by: int = 1
-    """The embedding tables are padded to a multiple of this; padded ids get no probability."""
+    """Pads the tables to a multiple of this; padded ids get no probability."""
     max_sequence_length: int | None = None
     share_embeddings_and_output_weights: bool = True
     position_embedding_type: PositionEmbedding = "learned_absolute"
@@ -107,10 +107,13 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     no_rope_freq: int | tuple[int, ...] | None = None
     """int N: every N-th layer has no rotary embedding; or a 0/1 list, 1 = none."""
 
+    embedding_multiplier: float = 1.0
+    """What embedded words are multiplied by; Gemma: sqrt(hidden_size)."""
+
     # Attention
     softmax_scale: float | None = None
     scale_attn_by_inverse_layer_idx: bool = False
-    """Layer i, from 1, divides its scores by i, too; no two layers are alike then, and each is compiled by itself."""
+    """Layer i, from 1, divides its scores by i, too (and is compiled alone)."""
     attn_logit_softcapping: float | None = None
     """Scores become `cap * tanh(scores / cap)` (arXiv:2408.00118)."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
@@ -139,6 +142,8 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     layernorm_epsilon: float = 1e-5
     layernorm_zero_centered_gamma: bool = False
+    sandwich_norm: bool = False
+    """A norm of what each sublayer gives, too (arXiv:2105.13290)."""
     add_bias_linear: bool = True
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -167,7 +172,7 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     z_loss_coeff: float = 0.0
     """Adds z_loss_coeff * logsumexp(logits)^2 to the loss of each token."""
     mtp_num_layers: int | None = None
-    """Multi-token prediction (arXiv:2404.19737, arXiv:2412.19437): modules that predict one token further each."""
+    """Modules that predict one token further each (arXiv:2404.19737, 2412.19437)."""
     mtp_loss_scaling_factor: float = 0.1
 
     _derived: frozenset[str] = dataclasses.field(default=frozenset(), init=False, compare=False, repr=False)
@@ -205,7 +210,7 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
             not (self.scale_attn_by_inverse_layer_idx and self.multi_latent_attention),
             "scale_attn_by_inverse_layer_idx=True is not possible with multi_latent_attention; drop one",
         )
-        require_positive(self, "attn_logit_softcapping", "final_logit_softcapping")
+        require_positive(self, "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier")
         if self.window_size is not None:
             require(
                 len(self.window_size) == 2 and min(self.window_size) >= -1,

@@ -20,7 +20,7 @@ TESTS = ("training/test_layouts", "models/mamba/test_mamba_layouts", "models/tes
 NO_EXPERTS, SHORT, NOT_THERE = "no experts", "short sequences", "nor in Megatron"
 SMALL, WHOLE, BIASED = "small towers", "whole images", "relative bias"
 ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "GPT, dense": (("tied", "untied"), {"EP": NO_EXPERTS}),
+    "GPT, dense": (("tied", "untied", "gemma"), {"EP": NO_EXPERTS}),
     "GPT with MoE": (("experts",), {}),
     "GPT with MoE, MLA, MTP": (("latent",), {}),
     "BERT": (("bert", "bert_untied"), {"EP": NO_EXPERTS}),

@@ -188,7 +188,7 @@ def attention_backward_bias(inputs: Inputs, upstream: Upstream, dbias_ref: Ref, 
                 )
             )
             distance_OP = keys.index[None, :] - queries.index[:, None] - inputs.reach[at_sample, 2]
-            scores_OP, _ = _scores(problem, queries, keys, distance_OP, inputs.bias[...])
+            scores_OP = _scores(problem, queries, keys, distance_OP, inputs.bias[...])[0]
             probs_OP = jnp.exp2(scores_OP - upstream.lse[sample, every][:, None] * _LOG2_E)
             dprobs_OP = _product(_pieces(upstream.dy, sample, every), _pieces(inputs.v, sample, every))
             dprobs_OP = _dropped(problem, inputs, dprobs_OP, first_sample + sample, head, queries, keys)

@@ -124,7 +124,7 @@ class MambaConfig(TransformerConfig):
         allocate_layers(
             self.num_layers, self.hybrid_attention_ratio, self.hybrid_mlp_ratio, self.hybrid_override_pattern
         )
-        for name in ("heterogeneous_layers", "mtp_num_layers"):
+        for name in ("heterogeneous_layers", "mtp_num_layers", "sandwich_norm"):
             require(not getattr(self, name), f"{name} is not possible in a hybrid model; leave it out")
         require(
             self.moe_layer_freq == 1,

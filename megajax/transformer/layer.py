@@ -39,22 +39,28 @@ class WithContext(NamedTuple):
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
 class TransformerLayerSubmodules:
-    """Slots of `TransformerLayer`; a sublayer that is None is left out together with its norm."""
+    """Slots of `TransformerLayer`; a sublayer that is None is left out together with its norms.
+
+    post_self_attn_layernorm, post_mlp_layernorm: norms of what a sublayer gives, before it is added; None for none.
+    """
 
     input_layernorm: Builder | None = None
     self_attention: Builder | None = None
+    post_self_attn_layernorm: Builder | None = None
     self_attn_bda: Builder = BiasDropoutAdd
     pre_cross_attn_layernorm: Builder | None = None
     cross_attention: Builder | None = None
     cross_attn_bda: Builder = BiasDropoutAdd
     pre_mlp_layernorm: Builder | None = None
     mlp: Builder | None = None
+    post_mlp_layernorm: Builder | None = None
     mlp_bda: Builder = BiasDropoutAdd
 
 
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + cross_attention(norm(x), context) if there is one, then x + mlp(norm(x)).
 
+    What a sublayer gives may have a norm of its own, too (`sandwich_norm`).
     With `apply_residual_connection_post_layernorm` the residual is the norm's output instead of its input.
     Megatron: `core/transformer/transformer_layer.py`.
     """
@@ -67,6 +73,7 @@ class TransformerLayer(nn.Module):
         if sub.self_attention is not None:
             self.input_layernorm = _built(sub.input_layernorm, cfg)
             self.self_attention = sub.self_attention(config=cfg)
+            self.post_self_attn_layernorm = _built(sub.post_self_attn_layernorm, cfg)
             self.self_attn_bda = sub.self_attn_bda(config=cfg)
         if sub.cross_attention is not None:
             self.pre_cross_attn_layernorm = _built(sub.pre_cross_attn_layernorm, cfg)
@@ -75,6 +82,7 @@ class TransformerLayer(nn.Module):
         if sub.mlp is not None:
             self.pre_mlp_layernorm = _built(sub.pre_mlp_layernorm, cfg)
             self.mlp = sub.mlp(config=cfg)
+            self.post_mlp_layernorm = _built(sub.post_mlp_layernorm, cfg)
             self.mlp_bda = sub.mlp_bda(config=cfg)
 
     def __call__(
@@ -103,7 +111,7 @@ class TransformerLayer(nn.Module):
             mlp = recomputed(self.mlp, "mlp", cfg)
             routed = {"aux_weight": aux_weight, "decode": decode, "deterministic": deterministic}
             y_BSD = mlp(y_BSD, **(routed if cfg.num_moe_experts is not None else {}))
-            x_BSD = self.mlp_bda(y_BSD, residual_BSD, deterministic=deterministic)
+            x_BSD = self.after_mlp(y_BSD, residual_BSD, deterministic=deterministic)
         return x_BSD if made is None else WithContext(x_BSD, made)
 
     def attend(
@@ -122,6 +130,7 @@ class TransformerLayer(nn.Module):
         if sub.self_attention is not None:
             y_BSD, residual_BSD = self._norm(self.input_layernorm, x_BSD)
             y_BSD = self.self_attention(y_BSD, mask=mask, rotary=rotary, decode=decode, deterministic=deterministic)
+            y_BSD = self._post_norm(self.post_self_attn_layernorm, y_BSD)
             x_BSD = self.self_attn_bda(y_BSD, residual_BSD, deterministic=deterministic)
 
         if sub.cross_attention is not None:
@@ -136,6 +145,15 @@ class TransformerLayer(nn.Module):
     def before_mlp(self, x_BSD: Array) -> tuple[Array, Array]:
         """(input of the MLP, residual), of what `attend` returns."""
         return self._norm(self.pre_mlp_layernorm, x_BSD)
+
+    def after_mlp(self, y_BSD: Array, residual_BSD: Array, *, deterministic: bool) -> Array:
+        """The layer's output, of what the MLP gives and the residual."""
+        y_BSD = self._post_norm(self.post_mlp_layernorm, y_BSD)
+        return self.mlp_bda(y_BSD, residual_BSD, deterministic=deterministic)
+
+    def _post_norm(self, norm: nn.Module | None, y_BSD: Array) -> Array:
+        """What a sublayer gives, ready to be added."""
+        return y_BSD if norm is None else recomputed(norm, "layernorm", self.config)(y_BSD).astype(y_BSD.dtype)
 
     def _norm(self, norm: nn.Module | None, x_BSD: Array) -> tuple[Array, Array]:
         """(input of the sublayer in the compute dtype, residual)."""

@@ -237,6 +237,23 @@ CASES: dict[str, tuple] = {
         | rope("default"),
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
     ),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 8} | rope("default"), {"hidden_act": "relu"}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 5, "rms_norm_eps": 0.01}
+        | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
+        | rope("default"),
+        {"attn_logit_softcapping": None},
+        {"layer_types": ..., "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma2_uncapped": (
+        "Gemma2ForCausalLM",
+        {"num_hidden_layers": 3, "head_dim": 8, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}
+        | {"sliding_window": 5, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"query_pre_attn_scalar": 8, "attention_bias": True}
+        | rope("default"),
+        {"final_logit_softcapping": 1.0},
+    ),
     "nemotron": (
         "NemotronForCausalLM",
         {"attention_bias": True, "mlp_bias": True, "norm_eps": 0.01, "head_dim": 8}
@@ -275,12 +292,13 @@ CASES: dict[str, tuple] = {
     "gpt2_base": ("GPT2Model", {}, {"scale_attn_weights": False}),
 }
 SHARDED = ("mistral_window",)
-WITH_GRADIENTS = {"deepseek_v2_groups", "deepseek_v2_lite", "deepseek_v3_halves", "gpt2_scaled_by_layer"}
+WITH_GRADIENTS = {"deepseek_v2_groups", "deepseek_v2_lite", "deepseek_v3_halves", "gemma", "gemma2"}
+WITH_GRADIENTS |= {"gpt2_scaled_by_layer"}
 
 
 def randomise(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(11)
-    centre = 0.0 if "Nemotron" in type(model).__name__ else 1.0
+    centre = 0.0 if type(model).__name__.startswith(("Nemotron", "Gemma")) else 1.0
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:

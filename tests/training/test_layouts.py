@@ -102,6 +102,10 @@ LAYOUTS = [
     Layout(devices=4, pp=4, schedule="zb-h1", zero=0, model="untied"),
     Layout(pp=2, cp=2, comm="a2a", tp=2, sp=True, schedule="zb-h1"),
     Layout(devices=4, pp=2, schedule="gpipe", zero=3, mbs=2),
+    Layout(model="gemma", tp=2, sp=True, zero=3),
+    Layout(model="gemma", cp=2, tp=2, sp=True),
+    Layout(model="gemma", cp=4, comm="all_gather", zero=2),
+    Layout(model="gemma", devices=4, pp=2, tp=2, mbs=2),
     Layout(model="experts", zero=0),
     Layout(model="experts", ep=8),
     Layout(model="experts", ep=4, zero=3),
@@ -141,6 +145,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "qk_layernorm": True,
         "recompute_granularity": "selective",
     },
+}
+MODELS["gemma"] = MODELS["untied"] | {
+    "share_embeddings_and_output_weights": True,
+    "qk_layernorm": False,
+    "activation_func": "gelu_tanh",
+    "layernorm_zero_centered_gamma": True,
+    "sandwich_norm": True,
+    "embedding_multiplier": 32**0.5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "window_size": (5, 0),
+    "window_attn_skip_freq": 2,
 }
 MODELS["experts"] = MODELS["untied"] | {
     "qk_layernorm": False,

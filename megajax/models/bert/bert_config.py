@@ -40,6 +40,7 @@ class BertConfig(TransformerConfig):
         super().__post_init__()
         require(self.num_tokentypes >= 0, f"num_tokentypes={self.num_tokentypes} must not be negative")
         self._derive("add_pooler", self.add_binary_head)
+        require(not self.sandwich_norm, "sandwich_norm=True is not possible in this family; drop it")
         require(
             bool(self.add_pooler) or not self.add_binary_head, "add_binary_head=True needs the pooler; drop add_pooler"
         )

@@ -22,8 +22,10 @@ def plain_layer_spec(config: TransformerConfig, backend: BackendSpecProvider) ->
         TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=self_attention_spec(config, backend),
+            post_self_attn_layernorm=norm if config.sandwich_norm else None,
             pre_mlp_layernorm=norm,
             mlp=mlp_spec(backend),
+            post_mlp_layernorm=norm if config.sandwich_norm else None,
         ),
     )
 

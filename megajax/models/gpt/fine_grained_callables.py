@@ -92,7 +92,7 @@ def _attend(layer: TransformerLayer, x_BSD: Array, inputs: LayerInputs, determin
 def _dense(layer: TransformerLayer) -> LayerPieces:
     def mlp_of(layer: TransformerLayer, x_BSD: Array, deterministic: bool) -> Array:
         y_BSD, residual_BSD = layer.before_mlp(x_BSD)
-        return layer.mlp_bda(layer.mlp(y_BSD), residual_BSD, deterministic=deterministic)
+        return layer.after_mlp(layer.mlp(y_BSD), residual_BSD, deterministic=deterministic)
 
     def attn(params: Params, x_BSD: Array, inputs: LayerInputs, key: Array | None) -> Array:
         return _call(layer, params, key, _attend, x_BSD, inputs, key is None)
@@ -132,7 +132,7 @@ def _with_experts(layer: TransformerLayer) -> LayerPieces:
     def combine(layer: Any, state: Away, deterministic: bool) -> Array:
         y_BSL = layer.mlp.experts.collect(state.sent, like(state.residual))
         y_BSD = layer.mlp.join(y_BSL, state.shared)
-        return layer.mlp_bda(y_BSD, state.residual, deterministic=deterministic)
+        return layer.after_mlp(y_BSD, state.residual, deterministic=deterministic)
 
     def attn(params: Params, x_BSD: Array, inputs: LayerInputs, key: Array | None) -> Attended:
         return _call(layer, params, key, attend_and_route, x_BSD, inputs, key is None)

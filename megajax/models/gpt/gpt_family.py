@@ -129,13 +129,14 @@ def layer_segments(model: nn.Module) -> Mapping[tuple[str, ...], tuple[Segment, 
 
 
 def hf() -> tuple[Architecture, ...]:
-    """Llama and its like, those with experts, GPT-2."""
+    """Llama and its like, those with experts, Gemma, GPT-2."""
     from megajax.models.gpt.deepseek_hf import DEEPSEEK
     from megajax.models.gpt.experts_hf import EXPERTS
+    from megajax.models.gpt.gemma_hf import GEMMA
     from megajax.models.gpt.gpt2_hf import GPT2
     from megajax.models.gpt.llama_hf import LLAMA_LIKE
 
-    return (*LLAMA_LIKE, *EXPERTS, *DEEPSEEK, GPT2)
+    return (*LLAMA_LIKE, *EXPERTS, *DEEPSEEK, *GEMMA, GPT2)
 
 
 def megatron() -> MegatronWeights:

@@ -21,13 +21,16 @@ Array = jax.Array
 def get_gpt_layer_spec(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
     """One GPT layer, with experts if the config has them. Megatron: `core/models/gpt/gpt_layer_specs.py`."""
     norm = backend.layer_norm(config)
+    after = norm if config.sandwich_norm else None
     return ModuleSpec(
         TransformerLayer,
         TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=get_self_attention_spec(config, backend),
+            post_self_attn_layernorm=after,
             pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec(backend) if config.num_moe_experts is None else get_moe_module_spec(backend),
+            post_mlp_layernorm=after,
         ),
     )
 

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -157,6 +158,32 @@ _deepseek_v3 = partial(
     moe_aux_loss_coeff=1e-4,
 )
 """DeepSeek-V3, arXiv:2412.19437. Without its module of multi-token prediction: add `mtp_num_layers=1`."""
+
+
+def _gemma(num_layers: int, hidden_size: int, *sizes: int, **changes: Any) -> TransformerConfig:
+    """Gemma, arXiv:2403.08295."""
+    options: dict[str, Any] = {
+        "vocab_size": 256000,
+        "max_sequence_length": 8192,
+        "kv_channels": 256,
+        "layernorm_epsilon": 1e-6,
+        "layernorm_zero_centered_gamma": True,
+        "activation_func": "gelu_tanh",
+        "embedding_multiplier": math.sqrt(hidden_size),
+        "share_embeddings_and_output_weights": True,
+    }
+    return _llama_like(num_layers, hidden_size, *sizes, **{**options, **changes})
+
+
+_gemma2 = partial(
+    _gemma,
+    sandwich_norm=True,
+    window_size=(4095, 0),
+    window_attn_skip_freq=2,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
+"""Gemma 2, table 1 of arXiv:2408.00118 and the published configs."""
 _TIED = {"share_embeddings_and_output_weights": True}
 _ROUNDED_QWEN = {"vocab_size": 152064}
 """The larger Qwen2.5 models have a bigger table."""
@@ -204,6 +231,11 @@ PRESETS: Mapping[str, Preset] = {
     "deepseek-v3": _deepseek_v3,
     "gpt-oss-20b": partial(_gpt_oss, num_layers=24, num_moe_experts=32),
     "gpt-oss-120b": partial(_gpt_oss, num_layers=36, num_moe_experts=128),
+    "gemma-2b": partial(_gemma, 18, 2048, 8, 1, 16384),
+    "gemma-7b": partial(_gemma, 28, 3072, 16, 16, 24576),
+    "gemma2-2b": partial(_gemma2, 26, 2304, 8, 4, 9216),
+    "gemma2-9b": partial(_gemma2, 42, 3584, 16, 8, 14336),
+    "gemma2-27b": partial(_gemma2, 46, 4608, 32, 16, 36864, kv_channels=128, softmax_scale=144**-0.5),
     "nemotron4-15b": partial(_nemotron4, 32, 6144, 48, 8, 24576),
     "nemotron4-340b": partial(_nemotron4, 96, 18432, 96, 8, 73728),
 }

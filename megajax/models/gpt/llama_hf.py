@@ -20,7 +20,7 @@ class Dialect:
 
     Attributes:
       fixed: options that the architecture sets and config.json does not mention.
-      epsilon: name of the field with the norms' epsilon.
+      epsilon, activation: names of the fields with the norms' epsilon and the MLP's activation function.
       attention_bias, mlp_bias: whether config.json decides on these biases (else `fixed` does).
       partial: default part of a head that is rotated, where config.json decides on it.
       read_layers, write_layers: the fields that make layers differ.
@@ -28,6 +28,7 @@ class Dialect:
 
     fixed: Mapping[str, Any]
     epsilon: str = "rms_norm_eps"
+    activation: str = "hidden_act"
     attention_bias: bool = False
     mlp_bias: bool = False
     partial: float | None = None
@@ -57,7 +58,7 @@ class Dialect:
             "vocab_size": fields.size("vocab_size"),
             "max_sequence_length": longest,
             "share_embeddings_and_output_weights": fields.flag("tie_word_embeddings"),
-            "activation_func": fields.activation("hidden_act"),
+            "activation_func": fields.activation(self.activation),
             "layernorm_epsilon": fields.number(self.epsilon),
             "attention_dropout": fields.number("attention_dropout"),
             "hidden_dropout": 0.0,
@@ -85,7 +86,7 @@ class Dialect:
             "intermediate_size": config.ffn_hidden_size,
             "vocab_size": config.vocab_size,
             "tie_word_embeddings": config.share_embeddings_and_output_weights,
-            "hidden_act": ACTIVATION_NAMES[config.activation_func],
+            self.activation: ACTIVATION_NAMES[config.activation_func],
             self.epsilon: config.layernorm_epsilon,
             "attention_dropout": config.attention_dropout,
             "initializer_range": config.init_method_std,

@@ -43,6 +43,7 @@ class T5Config(TransformerConfig):
         self._derive("output_layer_bias", self.share_embeddings_and_output_weights)
         require_positive(self, "encoder_num_layers", "relative_attention_max_distance", "decoder_seq_length")
         require_positive(self, "vocab_extra_ids")
+        require(not self.sandwich_norm, "sandwich_norm=True is not possible in this family; drop it")
         require(0 < self.mask_prob < 1, f"mask_prob={self.mask_prob} must be above 0 and below 1")
         require(0 <= self.short_seq_prob <= 1, f"short_seq_prob={self.short_seq_prob} must be from 0 to 1")
         require(

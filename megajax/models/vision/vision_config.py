@@ -60,6 +60,7 @@ class VisionConfig(TransformerConfig):
         super().__post_init__()
         require_positive(self, "img_h", "img_w", "patch_dim", "num_channels")
         self._validate_patches()
+        require(not self.sandwich_norm, "sandwich_norm=True is not possible in this family; drop it")
         require(self.class_token_len >= 0, f"class_token_len={self.class_token_len} must not be negative")
         require(
             self.class_token_len > 0 or self.pooler not in ("class_token", "dense"),

@@ -31,7 +31,7 @@ EXPERTS: dict[str, Any] = {
     "moe_router_load_balancing_type": "aux_loss", "add_bias_linear": False,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"hidden_dropout": 0.3, "recompute_granularity": "selective"},
+    "dense": {"hidden_dropout": 0.3, "recompute_granularity": "selective", "sandwich_norm": True},
     "experts": EXPERTS | {"moe_shared_expert_intermediate_size": 8, "hidden_dropout": 0.3},
     "alltoall": EXPERTS | {"moe_token_dispatcher_type": "alltoall", "moe_latent_size": 8},
     "drops": EXPERTS | {"moe_token_dispatcher_type": "alltoall", "moe_expert_capacity_factor": 1.0},

@@ -18,7 +18,13 @@ from megajax.models.gpt.gpt_model import GPTModel
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"window_size": (3, 0), "window_attn_skip_freq": 2, "position_embedding_type": "rope", "no_rope_freq": 2},
     {"softmax_type": "learnable", "position_embedding_type": "learned_absolute"},
-    {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "position_embedding_type": "rope"},
+    {
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 2.0,
+        "position_embedding_type": "rope",
+        "sandwich_norm": True,
+        "embedding_multiplier": 4.0,
+    },
 )
 
 

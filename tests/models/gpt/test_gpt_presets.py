@@ -43,6 +43,11 @@ PUBLISHED = {
     "deepseek-v3": 671_026_419_200,
     "gpt-oss-20b": 20_914_757_184,
     "gpt-oss-120b": 116_829_156_672,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
 }
 # Names that state a rounded size, in billions, with the tolerance of the rounding.
 ROUNDED = {

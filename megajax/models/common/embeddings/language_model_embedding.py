@@ -36,8 +36,8 @@ class Embedding(nn.Module):
 
 
 class LanguageModelEmbedding(nn.Module):
-    """Word embedding, plus learned positions when `position_embedding_type` is "learned_absolute", plus token types if
-    there are any, then dropout.
+    """Word embedding, times `embedding_multiplier`, plus learned positions when `position_embedding_type` is
+    "learned_absolute", plus token types if there are any, then dropout.
 
     Megatron: `core/models/common/embeddings/language_model_embedding.py`.
     """
@@ -67,6 +67,8 @@ class LanguageModelEmbedding(nn.Module):
         """
         cfg = self.config
         x_BSD = self.word_embeddings(tokens)
+        if cfg.embedding_multiplier != 1.0:
+            x_BSD = x_BSD * jnp.asarray(cfg.embedding_multiplier, x_BSD.dtype)
         if cfg.position_embedding_type == "learned_absolute":
             if tokens.shape[1] > (cfg.max_sequence_length or 0):
                 raise ConfigError(
