@@ -18,7 +18,7 @@ TESTS = ("training/test_layouts", "models/mamba/test_mamba_layouts", "models/tes
 """Files whose `CASES` are pairs (model, layout), or whose `LAYOUTS` name their model."""
 
 NO_EXPERTS, SHORT, NOT_THERE = "no experts", "short sequences", "nor in Megatron"
-SMALL, WHOLE, BIASED = "small towers", "whole images", "relative bias"
+SMALL, BIASED = "small towers", "relative bias"
 ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "GPT, dense": (("tied", "untied", "gemma"), {"EP": NO_EXPERTS}),
     "GPT with MoE": (("experts",), {}),
@@ -30,7 +30,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "Hybrids with shared blocks": (("shared_block", "shared_blocks"), {"EP": NO_EXPERTS}),
     "CLIP, SigLIP": (("clip", "siglip"), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
     "RADIO": (("radio",), {"CP": SHORT, "PP": SMALL, "EP": NO_EXPERTS}),
-    "LLaVA": (("llava", "llava_experts"), {"CP": WHOLE}),
+    "LLaVA": (("llava", "llava_experts"), {}),
     "RETRO": (("retro", "retro_odd", "retro_relative"), {"CP": NOT_THERE, "PP": NOT_THERE, "EP": NO_EXPERTS}),
 }
 """Row of the table -> models of the tests, and why a parallelism has no layout."""

@@ -53,6 +53,12 @@ def merge(is_placeholder_BT: Array, spans_BT: Array, slots: int, *, rows_by_samp
     return Merge(token_BS, filled_BS & _take(is_placeholder_BT, token_BS), row_BS, filled_BS, is_placeholder_BT)
 
 
+def reordered(merge: Merge, order_S: Array) -> Merge:
+    """With the slots in another order: the index of the slot that each is to be."""
+    token, is_image, row, filled = (x[:, order_S] for x in (merge.token, merge.is_image, merge.row, merge.filled))
+    return Merge(token, is_image, row, filled, merge.is_placeholder)
+
+
 def merged_embeddings(merge: Merge, text_BTD: Array, images: Array) -> Array:
     """Embeddings of all slots, [B, S, D]; zero where there is padding.
 

@@ -49,6 +49,12 @@ def zigzag_inverse(S: int, shards: int) -> np.ndarray:
     return np.argsort(zigzag_indices(S, shards))
 
 
+def sequence_order(S: int) -> np.ndarray | None:
+    """The index of the token in each of S rows, on the mesh in context; None where they lie in order."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    return None if mesh.empty or not rules.get("zigzag") else zigzag_indices(S, mesh.shape[CP])
+
+
 def context_parallel_attention(
     q_BSNK: Array,
     k_BTGK: Array,
@@ -123,11 +129,12 @@ def divides_keys() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Which mesh axes divide batch and heads, and the sizes of those that divide the sequence."""
+    """Which mesh axes divide batch, heads and sequence, and the sizes of the latter: 1 if they do not."""
 
     batch: tuple[str, ...]
     heads: tuple[str, ...]
     kv_heads: tuple[str, ...]
+    seq: tuple[str, ...]
     cp: int
     ulysses: int
     tp: int
@@ -144,9 +151,20 @@ class _Layout:
             entry = (entry,) if isinstance(entry, str) else entry
             return tuple(axis for axis in entry if axis not in mesh.manual_axes)
 
-        heads = axes("act_heads")
+        heads, seq = axes("act_heads"), axes("seq")
         tp = math.prod(mesh.shape[axis] for axis in heads)
-        return cls(axes("batch"), heads, axes("act_kv_heads"), mesh.shape[CP], mesh.shape[ULYSSES], tp)
+        cp, ulysses = (mesh.shape[axis] if axis in seq else 1 for axis in (CP, ULYSSES))
+        return cls(axes("batch"), heads, axes("act_kv_heads"), seq, cp, ulysses, tp)
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Axes that divide the queries while attention is computed: of the sequence, those that trade no heads."""
+        return tuple(axis for axis in self.seq if axis != ULYSSES)
+
+    @property
+    def traded_heads(self) -> tuple[str, ...]:
+        """Axes that divide the heads while attention is computed."""
+        return (*self.heads, *(axis for axis in self.seq if axis == ULYSSES))
 
     def check(self, q_BSNK: Array, k_BTGK: Array, zigzag: bool) -> None:
         for length in (q_BSNK.shape[1], k_BTGK.shape[1]):
@@ -186,13 +204,13 @@ class _Region:
         kept: Array | DropoutRecord | None,
     ) -> Array:
         to = self.layout
-        batch, heads, traded = to.batch or None, to.heads or None, (*to.heads, ULYSSES)
-        seq = (CP, ULYSSES)
+        batch, heads, traded = to.batch or None, to.heads or None, to.traded_heads or None
+        seq, queries = to.seq or None, to.queries or None
         q_spec = PartitionSpec(batch, seq, heads)
         kv_spec = PartitionSpec(batch, seq, to.kv_heads or None)
         keep_spec = PartitionSpec()
         if mask.keep is not None:
-            rows = (batch if mask.keep.shape[0] > 1 else None, None, CP if mask.keep.shape[2] > 1 else None)
+            rows = (batch if mask.keep.shape[0] > 1 else None, None, queries if mask.keep.shape[2] > 1 else None)
             keep_spec = PartitionSpec(*rows)
         dtype = q.dtype
         if to.kv_heads != to.heads:  # The gradients of all copies are summed where the region begins: in fp32.
@@ -203,12 +221,13 @@ class _Region:
                 *(q_spec, kv_spec, kv_spec),
                 PartitionSpec(heads),
                 # Ids are small: those of the keys are collected rather than sent around.
-                *(PartitionSpec(batch, CP), PartitionSpec(batch)),
-                *(keep_spec, PartitionSpec() if isinstance(kept, DropoutRecord) else PartitionSpec(batch, traded, CP)),
+                *(PartitionSpec(batch, queries), PartitionSpec(batch)),
+                keep_spec,
+                PartitionSpec() if isinstance(kept, DropoutRecord) else PartitionSpec(batch, traded, queries),
                 PartitionSpec(batch if mask.bias is not None and mask.bias.shape[0] > 1 else None, heads),
             ),
             out_specs=q_spec,
-            axis_names={*to.batch, *seq, *to.heads},
+            axis_names={*to.batch, *to.seq, *to.heads},
             check_vma=False,
         )
         return attend(q, k, v, sink_N, mask.q_segment_ids, mask.kv_segment_ids, mask.keep, kept, mask.bias)
@@ -270,7 +289,7 @@ class _Region:
 
     def _own_part(self, dropout: DropoutRecord, B: int, S: int, N: int) -> DropoutRecord:
         """What is dropped of this device's samples, heads and queries, which lie in the order of the devices."""
-        axes = self.layout.batch, (*self.layout.heads, ULYSSES), (CP,)
+        axes = self.layout.batch, self.layout.traded_heads, self.layout.queries
         sample, head, query = (
             jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, (B, N, S), strict=True)
         )

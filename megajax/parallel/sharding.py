@@ -53,6 +53,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig, devices: int)
         "act_ssm_heads": ("tp",),
         "act_ssm_groups": ssm_groups,
         "act_vocab": ("tp",),
+        "zigzag": ("cp",) if parallel.zigzag else (),  # what divides sequences whose tokens lie in another order
         "stage": ("pp",) if parallel.stages_branch else (),  # work of one stage, of which others do nothing
     }
     parameters: dict[str, MeshAxes] = {
@@ -153,6 +154,21 @@ def residual_stream_of(tokens: int, *, whole: bool = False) -> Iterator[None]:
         yield
         return
     with nn.logical_axis_rules(tuple((rules | {"residual_seq": rules["seq"]}).items() if rules else ())):
+        yield
+
+
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+    """Where sequences are short and all context-parallel devices compute them whole, such as those of images.
+
+    Sequence parallelism divides them still, between layers.
+    """
+    rules = dict(nn.get_logical_axis_rules())
+    if not rules:
+        yield
+        return
+    rest = tuple(axis for axis in rules["residual_seq"] or () if axis not in (rules["seq"] or ()))
+    with nn.logical_axis_rules(tuple((rules | {"seq": (), "residual_seq": rest}).items())):
         yield
 
 

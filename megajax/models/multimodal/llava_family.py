@@ -151,11 +151,6 @@ def fit(config: Config, tokenizer: Tokenizer) -> Config:
     model = config.model
     assert isinstance(model, LLaVAConfig)
     vision_data.refuse_text(config)
-    size = config.parallel.context_parallel_size
-    if size > 1:
-        raise ConfigError(
-            f"context_parallel_size={size}: --model {config.model_family} does not divide its sequences; set it to 1"
-        )
     frozen = model.frozen_parameters
     if len(frozen) == 3:
         raise ConfigError(f"freeze_{', freeze_'.join(frozen)}: nothing is left to train; drop one")

@@ -36,8 +36,10 @@ from megajax.ops.multimodal import (
     merged_embeddings,
     merged_labels,
     merged_loss_mask,
+    reordered,
 )
-from megajax.parallel.sharding import constrain, residual_stream_of
+from megajax.parallel.context import sequence_order
+from megajax.parallel.sharding import constrain, residual_stream_of, whole_sequences
 from megajax.spec import Builder
 from megajax.transformer.block import StackRows
 
@@ -173,6 +175,8 @@ class LLaVAModel(nn.Module):
         hidden_BSD = self.language_model.hidden_states(
             None, decoder_input=x_BSD, cache_position=cache_position, aux_weight=aux_weight, **inputs
         )
+        order = sequence_order(hidden_BSD.shape[1])
+        hidden_BSD = hidden_BSD if order is None else hidden_BSD[:, np.argsort(order)]
         cfg = self.config.language_config
         logits = language_model_logits(hidden_BSD, self.language_model.output_weight(), cfg)
         if labels is None:
@@ -205,12 +209,12 @@ class LLaVAModel(nn.Module):
         return self._loss_sum(hidden_BSD, slots, labels, weights)
 
     def _weights(self, slots: Merge, tokens: Array, weights: Array) -> Array:
-        return weights * self._loss_mask(slots, jnp.ones(tokens.shape, jnp.float32))
+        return weights * _in_order(self._loss_mask(slots, jnp.ones(tokens.shape, jnp.float32)))
 
     def _loss_sum(self, hidden_BSD: Array, slots: Merge, labels: Array, weights: Array) -> FusedLoss:
         cfg = self.config.language_config
         return language_model_loss_sum(
-            hidden_BSD, self.language_model.output_weight(), self._labels(slots, labels), weights, cfg
+            hidden_BSD, self.language_model.output_weight(), _in_order(self._labels(slots, labels)), weights, cfg
         )
 
     # A pipeline calls the model in three pieces, each with its own part of the parameters. The tower belongs to the
@@ -230,7 +234,8 @@ class LLaVAModel(nn.Module):
         slots = self._slots(images, tokens, text.get("num_image_tiles"), x_BSD.shape[1])
         segments = None if segments is None else jnp.take_along_axis(segments, slots.token, axis=1)
         model: Any = self.language_model
-        positions = model.positions(x_BSD, None, segments, None)
+        positions = _in_order(model.positions(x_BSD, None, segments, None))
+        segments = None if segments is None else _in_order(segments)
         aux_weight = self._weights(slots, tokens, weights).sum()
         inputs = model.layer_inputs(positions, segments, aux_weight=aux_weight)
         return model.run_layers(x_BSD, inputs, rows, deterministic=deterministic)
@@ -287,21 +292,24 @@ class LLaVAModel(nn.Module):
 
         if position_ids is None:
             position_ids = jnp.arange(tokens.shape[1])[None] if segment_ids is None else packed_positions(segment_ids)
-        with residual_stream_of(tokens.shape[1], whole=True):
-            ids = jnp.where(is_placeholder, 0, tokens)
-            x_BTD = self.language_model.embed(ids, position_ids, deterministic=deterministic)
-        embeddings = self._image_embeddings(images, num_image_tiles, deterministic, x_BTD)
-        x_BSD = constrain(merged_embeddings(slots, x_BTD, embeddings), "batch", "residual_seq", "act_embed")
+        # Text and images lie whole on all context-parallel devices; what is made of them does not.
+        with whole_sequences():
+            with residual_stream_of(tokens.shape[1], whole=True):
+                ids = jnp.where(is_placeholder, 0, tokens)
+                x_BTD = self.language_model.embed(ids, position_ids, deterministic=deterministic)
+            embeddings = self._image_embeddings(images, num_image_tiles, deterministic, x_BTD)
+        order = sequence_order(length)
+        placed = slots if order is None else reordered(slots, jnp.asarray(order))
+        x_BSD = constrain(merged_embeddings(placed, x_BTD, embeddings), "batch", "residual_seq", "act_embed")
 
         inputs: dict[str, Any] = {"deterministic": deterministic}
         if segment_ids is not None:
             segments = jnp.take_along_axis(segment_ids, slots.token, axis=1)
-            inputs |= {"segment_ids": segments, "position_ids": packed_positions(segments)}
+            inputs |= {"segment_ids": _in_order(segments), "position_ids": _in_order(packed_positions(segments))}
+        elif order is not None:
+            inputs["position_ids"] = jnp.asarray(order)[None]
         if attention_mask is not None:
-            by_token = attention_mask.ndim == 2
-            inputs["attention_mask"] = (
-                jnp.take_along_axis(attention_mask, slots.token, axis=1) if by_token else attention_mask
-            )
+            inputs["attention_mask"] = _placed_mask(attention_mask, slots)
         return slots, x_BSD, inputs
 
     def _image_embeddings(
@@ -357,6 +365,23 @@ class LLaVAModel(nn.Module):
 
     def _loss_mask(self, slots: Merge, loss_mask: Array) -> Array:
         return loss_mask if self.config.image_placeholders == "each" else merged_loss_mask(slots, loss_mask)
+
+
+def _in_order(x_BS: Array) -> Array:
+    """What slots have, one after the other, in the order in which the mesh in context has them."""
+    order = sequence_order(x_BS.shape[1])
+    return x_BS if order is None else x_BS[:, order]
+
+
+def _placed_mask(attention_mask: Array, slots: Merge) -> Array:
+    """The mask of tokens, [B, T], or of slots, broadcastable to [B, 1, S, S], as the language model reads it."""
+    if attention_mask.ndim == 2:
+        return _in_order(jnp.take_along_axis(attention_mask, slots.token, axis=1))
+    for dim in (2, 3):
+        order = sequence_order(slots.token.shape[1])
+        if order is not None and attention_mask.shape[dim] > 1:
+            attention_mask = jnp.take(attention_mask, order, axis=dim)
+    return attention_mask
 
 
 def _tiles_of_tokens(numpy: Any, is_placeholder: Any, images: Array | None, num_image_tiles: Any) -> Any:

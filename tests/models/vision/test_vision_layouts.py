@@ -32,17 +32,20 @@ class Layout:
     zero: int = 1
     ep: int = 1
     pp: int = 1
+    cp: int = 1
+    comm: str = "p2p"
     mbs: int | None = None
 
     def __str__(self) -> str:
         staged = f"-pp{self.pp}-mbs{self.mbs}" if self.pp > 1 else ""
         experts = f"-ep{self.ep}" if self.ep > 1 else ""
-        return f"{self.devices}dev-tp{self.tp}{'-sp' * self.sp}-zero{self.zero}{experts}{staged}"
+        context = f"-cp{self.cp}-{self.comm}" if self.cp > 1 else ""
+        return f"{self.devices}dev-tp{self.tp}{'-sp' * self.sp}-zero{self.zero}{experts}{context}{staged}"
 
     @property
     def dp(self) -> int:
         """Data-parallel shards."""
-        return self.devices // (self.tp * self.pp)
+        return self.devices // (self.tp * self.pp * self.cp)
 
     @property
     def micro_batch_size(self) -> int:
@@ -92,10 +95,19 @@ STAGED = [
     Layout(devices=8, tp=2, sp=True, zero=3, pp=2, mbs=1),
     Layout(devices=2, pp=2, mbs=2, zero=0),
 ]
+DIVIDED = [
+    Layout(cp=2, zero=3),
+    Layout(devices=8, cp=2, tp=2, sp=True),
+    Layout(devices=2, cp=2, comm="all_gather", zero=0),
+    Layout(cp=4, comm="a2a"),
+    Layout(devices=8, cp=2, pp=2, mbs=2),
+]
+"""Of their sequences; every device sees whole images."""
 WITH_EXPERTS = [Layout(ep=2, zero=2), Layout(tp=2, sp=True, ep=2, zero=3), Layout(pp=2, ep=2, mbs=1)]
 CASES = [
     pytest.param("llava", STAGED[0]),
-    *(pytest.param("llava", layout, marks=pytest.mark.slow) for layout in STAGED[1:]),
+    pytest.param("llava", DIVIDED[1]),
+    *(pytest.param("llava", layout, marks=pytest.mark.slow) for layout in (*STAGED[1:], DIVIDED[0], *DIVIDED[2:])),
     *(pytest.param("llava_experts", layout, marks=pytest.mark.slow) for layout in WITH_EXPERTS),
     pytest.param("clip", Layout()),  # the whole batch is compared with each other, wherever it lies
     *(pytest.param(model, ALL_AT_ONCE) for model in MODELS if model != "llava_experts"),
@@ -122,6 +134,8 @@ def _config(model: str, layout: Layout) -> Config:
             zero=layout.zero,  # type: ignore[arg-type]
             expert_model_parallel_size=layout.ep,
             pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            cp_comm_type=layout.comm,  # type: ignore[arg-type]
         ),
         optimizer=OptimizerConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant"),
         data=DataConfig(seq_length={"llava": SLOTS, "radio": 18}.get(_family(model), TEXT)),
