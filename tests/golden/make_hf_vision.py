@@ -157,4 +157,27 @@ several = LlavaConfig(
     image_seq_length=9,
     vision_feature_layer=[-2, 1, -2, 3],  # neither in order nor each once
 )
-save("llava_several_layers", LlavaForConditionalGeneration(several), input_ids=ids, pixel_values=images)
+model = LlavaForConditionalGeneration(several)
+save("llava_several_layers", model, input_ids=ids, pixel_values=images)
+if not WANTED or "llava_several_layers" in WANTED:
+    asked = {
+        "input_ids": torch.tensor(ids),
+        "pixel_values": torch.tensor(images),
+        "attention_mask": torch.ones(ids.shape),
+    }
+    length = {"max_new_tokens": 7, "min_new_tokens": 7, "eos_token_id": None, "pad_token_id": 0}
+    written = model.generate(**asked, **length, do_sample=False)
+    np.savez(f"{FOLDER}/llava_several_layers/generate.npz", sequences=written[:, -7:].numpy())
+
+if not WANTED or "radio_swiglu" in WANTED:
+    # Images of any size, most of them no squares, by a table of 5 x 5 positions.
+    model = RadioModel.from_pretrained(f"{FOLDER}/radio_swiglu").eval()
+    sizes = {}
+    for rows, columns in ((1, 1), (1, 2), (2, 1), (3, 5), (5, 3), (4, 4)):
+        given = rng.normal(size=(2, 3, 4 * rows, 4 * columns)).astype(np.float32)
+        with torch.no_grad():
+            output = model(pixel_values=torch.tensor(given))
+        sizes[f"images_{rows}x{columns}"] = given
+        sizes[f"states_{rows}x{columns}"] = output.last_hidden_state.numpy()
+        sizes[f"summary_{rows}x{columns}"] = output.summary.numpy()
+    np.savez(f"{FOLDER}/radio_swiglu/sizes.npz", **sizes)

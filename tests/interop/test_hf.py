@@ -130,6 +130,17 @@ def test_cached_decoding(case):
     assert_close(np.stack(steps, axis=1), run["step_logits"])
 
 
+@pytest.mark.parametrize("name", ["mamba2_bias_limit", "bamba_bias", "nemotron_h_experts", "zamba2_two_blocks"])
+def test_padding_in_front_of_a_hybrid(name):
+    """Where transformers pads, the biases of projections leak into the text; so this is its text without padding."""
+    expected = arrays(f"hf_options/{name}", "expected.npz")
+    tokens, front = expected["input_ids"], np.random.default_rng(3).integers(3, 32, size=(2, 6))
+    padded = np.concatenate([front, tokens], axis=1)
+    mask = np.broadcast_to(np.arange(padded.shape[1]) >= 6, padded.shape)
+    logits = logits_of(loaded(f"hf_options/{name}"), padded, attention_mask=mask)
+    assert_close(logits[:, 6:], expected["logits"])
+
+
 @pytest.mark.parametrize(("case", "side"), [("hf_gpt2", "right"), ("hf_llama", "left")])
 def test_padding(case, side):
     inputs, outputs = arrays(case, f"inputs_{side}pad.npz"), arrays(case, f"outputs_{side}pad.npz")

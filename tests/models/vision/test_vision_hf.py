@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 from megajax.config import ConfigError
@@ -89,6 +90,33 @@ def test_radio_at_its_full_size() -> None:
     images = np.load(folder / "inputs_full_64x64.npz")["pixel_values"]
     expected = np.load(folder / "outputs_full_64x64.npz")["last_hidden_state"]
     close(pretrained.model.apply({"params": pretrained.params}, images), expected)
+
+
+@pytest.mark.parametrize("size", ["1x1", "1x2", "2x1", "3x5", "5x3", "4x4"])
+def test_radio_at_any_size(size: str) -> None:
+    pretrained = loaded("hf_vision/radio_swiglu")
+    expected = np.load(GOLDEN / "hf_vision/radio_swiglu/sizes.npz")
+    call = functools.partial(pretrained.model.apply, {"params": pretrained.params}, expected[f"images_{size}"])
+    close(call(), expected[f"states_{size}"])
+    close(call(pooled=True), expected[f"summary_{size}"])
+
+
+def test_llava_writes_what_transformers_writes() -> None:
+    """Images and question into a cache, then one token at a time, without images."""
+    folder, pretrained = GOLDEN / "hf_vision/llava_several_layers", loaded("hf_vision/llava_several_layers")
+    given, expected = np.load(folder / "expected.npz"), np.load(folder / "generate.npz")["sequences"]
+    images, tokens = given["pixel_values"], given["input_ids"]
+    length = tokens.shape[1] + expected.shape[1]
+    init = functools.partial(pretrained.model.init, jax.random.key(0), images, cache_position=0)
+    cache = nn.unbox(jax.jit(init)(jnp.zeros((len(tokens), length), jnp.int32))["cache"])
+    written, position = [], 0
+    for _ in range(expected.shape[1]):
+        variables = {"params": pretrained.params, "cache": cache}
+        logits, updated = pretrained.model.apply(variables, images, tokens, cache_position=position, mutable=["cache"])
+        images, cache, position = None, updated["cache"], position + tokens.shape[1]
+        tokens = np.asarray(logits)[:, -1:].argmax(axis=-1)
+        written.append(tokens)
+    np.testing.assert_array_equal(np.concatenate(written, axis=1), expected)
 
 
 def test_names_of_older_files(tmp_path: Path) -> None:
