@@ -74,7 +74,8 @@ class KernelConfig:
     which has gradients in e5m2."""
     fp8_recipe: Fp8Recipe = "tensorwise"
     """How tensors are scaled to fp8. tensorwise: each by its own largest magnitude. delayed: by those of earlier steps,
-    which a run keeps among its parameters. Others are not supported yet."""
+    which a run keeps among its parameters. mxfp8: 32 numbers each by theirs, to a power of two; from Blackwell on.
+    Others are not supported yet."""
     fp8_margin: int = 0
     """Of delayed scaling: powers of two between the largest magnitude expected and the largest number of the type."""
     fp8_amax_history_len: int = 1

@@ -160,6 +160,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "plain": "plain JAX",
         "gemm": "cuBLAS or Triton, as XLA's autotuner finds",
         "fp8-tensorwise": "fp8, by cuBLASLt, scaled by each tensor's largest magnitude",
+        "fp8-mxfp8": "MXFP8, by cuDNN, scaled by 32 numbers each",
         "fp8-delayed": "fp8, by cuBLASLt, scaled by each tensor's largest magnitude in earlier steps",
         "xla": "XLA's own fusions",
         "grouped": "a grouped matrix product in Pallas",
@@ -253,12 +254,17 @@ def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
       ConfigError: fp8 is asked for and the GPU has none, or by a recipe that is not known here.
     """
     fp8_format = wanted.fp8_format
-    if fp8_format is not None and wanted.fp8_recipe not in ("tensorwise", "delayed"):
+    if fp8_format is not None and wanted.fp8_recipe not in ("tensorwise", "delayed", "mxfp8"):
         raise ConfigError(
-            f"fp8_recipe={wanted.fp8_recipe!r} is not supported yet; use fp8_recipe='tensorwise' or 'delayed'"
+            f"fp8_recipe={wanted.fp8_recipe!r} is not supported yet; use fp8_recipe='tensorwise', 'delayed' or 'mxfp8'"
+        )
+    here = "here is none" if gpu is None else f"this one has {gpu[0]}.{gpu[1]}"
+    if fp8_format is not None and wanted.fp8_recipe == "mxfp8" and (gpu is None or gpu < (10, 0)):
+        raise ConfigError(
+            f"fp8_recipe='mxfp8' needs an NVIDIA GPU of compute capability 10.0 (Blackwell) or more, {here}; use"
+            " tensorwise or delayed"
         )
     if fp8_format is not None and (gpu is None or gpu < (8, 9)):
-        here = "here is none" if gpu is None else f"this one has {gpu[0]}.{gpu[1]}"
         raise ConfigError(
             f"fp8_format={fp8_format!r} needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or more, {here};"
             " leave it out"

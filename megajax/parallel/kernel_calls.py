@@ -12,6 +12,9 @@ from megajax.parallel.hlo import Instruction, arrays_of, flops_of
 RERUN = "rematted_computation"
 """In the name of what `jax.checkpoint` runs a second time."""
 
+SCALED_BLOCKS = "__cudnn$blockScaledDot"
+"""cuDNN's product of fp8 arrays of which blocks have scales."""
+
 BlocksOf = Callable[[int], int]
 """Rows of a block -> blocks that hold rows of experts, which only a run knows."""
 
@@ -22,6 +25,8 @@ def executed_flops(instruction: Instruction, blocks_of: BlocksOf) -> int:
         return flops_of(instruction)
     if "__cudnn$fmha" in instruction.attributes:
         return attention_flops(instruction)
+    if SCALED_BLOCKS in instruction.attributes:  # [B, M, K] by [B, N, K]
+        return 2 * math.prod(arrays_of(instruction.shape)[0]) * arrays_of(instruction.reads[0].shape)[0][-1]
     if told(instruction, "flops"):
         return told(instruction, "flops")
     return (rows_of_groups(instruction, blocks_of) or 0) * told(instruction, "flops_a_row")

@@ -26,6 +26,7 @@ from megajax.parallel.census import Collective, Kind, collective_of, kind_of
 from megajax.parallel.hlo import Instruction, Where, bytes_of, computations_of
 from megajax.parallel.kernel_calls import (
     RERUN,
+    SCALED_BLOCKS,
     BlocksOf,
     executed_flops,
     kernel_name,
@@ -314,7 +315,7 @@ class _Program:
     def _peak(self, instruction: Instruction) -> float:
         """fp8 counts where both operands of a product are fp8; anything else runs at the rate of bf16."""
         products = [inner for inner in self._inside(instruction) if inner.opcode == "dot"]
-        if "__cublas$lt$matmul$f8" in instruction.attributes or (
+        if any(call in instruction.attributes for call in ("__cublas$lt$matmul$f8", SCALED_BLOCKS)) or (
             products and all(read.shape.startswith("f8") for product in products for read in product.reads[:2])
         ):
             return self.target.fp8 or self.target.bf16

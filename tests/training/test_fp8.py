@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -36,6 +37,7 @@ VOCAB, SEQ, BATCH, STEPS = 64, 16, 8, 3
 DELAYED = KernelConfig(
     fp8_format="hybrid", fp8_recipe="delayed", fp8_amax_history_len=3, fp8_amax_compute_algo="max", fp8_margin=1
 )
+MXFP8 = KernelConfig(fp8_format="hybrid", fp8_recipe="mxfp8")
 TENSORWISE = KernelConfig(fp8_format="hybrid", fp8_recipe="tensorwise")
 
 
@@ -52,7 +54,8 @@ def fp8_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blueprint, "choose_backend", choose)
 
 
-def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, **parallel: Any) -> Config:
+def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, adam: bool = False, **parallel: Any) -> Config:
+    optimizer = OptimizerConfig(lr=0.01) if adam else OptimizerConfig(optimizer="sgd", lr=0.05, weight_decay=0.5)
     architecture: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 32,
@@ -70,7 +73,7 @@ def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, **paral
         model=TransformerConfig(**{**architecture, **(model or {})}),
         parallel=ParallelConfig(**parallel),
         kernels=kernels,
-        optimizer=OptimizerConfig(lr=0.01, lr_decay_style="constant", weight_decay=0.5),
+        optimizer=dataclasses.replace(optimizer, lr_decay_style="constant"),
         data=DataConfig(seq_length=SEQ),
         train=TrainConfig(micro_batch_size=mbs, global_batch_size=BATCH),
     )
@@ -110,12 +113,14 @@ def train(config: Config, devices: int = 8) -> tuple[np.ndarray, dict[str, np.nd
     return seen, named(program.stages.to_stored(state.params))
 
 
+SIZES: dict[str, Any] = {"delayed": {}, "tensorwise": {}, "mxfp8": {"hidden_size": 64, "ffn_hidden_size": 128}}
+"""Of models. For mxfp8 widths on a device are multiples of 32."""
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.0}
 
 
 @functools.cache
 def one_device(kernels: KernelConfig, mbs: int, *, experts: bool = False) -> Any:
-    return train(config_of(kernels, mbs=mbs, model=EXPERTS if experts else None), devices=1)
+    return train(config_of(kernels, mbs=mbs, model=EXPERTS if experts else SIZES[kernels.fp8_recipe]), devices=1)
 
 
 DP4 = {"devices": 4, "mbs": 1, "zero": 0}  # replicas that add up their own gradients
@@ -132,6 +137,10 @@ LAYOUTS: list[tuple[KernelConfig, dict[str, Any]]] = [
     (DELAYED, {"devices": 4, "pipeline_model_parallel_size": 4, "pipeline_schedule": "zb-h1"}),
     (DELAYED, {"devices": 4, "pipeline_model_parallel_size": 2, "pipeline_engine": "table", "mbs": 1}),
     (TENSORWISE, PP2),
+    (MXFP8, {"devices": 4, "mbs": 2, "zero": 3}),
+    (MXFP8, {"devices": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True, "mbs": 2}),
+    (MXFP8, {"devices": 4, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    (MXFP8, {"devices": 2, "context_parallel_size": 2, "mbs": 4}),
 ]
 
 
@@ -144,7 +153,7 @@ def test_every_layout_computes_the_same(kernels: KernelConfig, layout: dict[str,
     """But for sums in another order, after which a number may round to its other neighbour in fp8, 1/16 away."""
     layout = dict(layout)
     devices, mbs = layout.pop("devices"), layout.pop("mbs", 2)
-    found = train(config_of(kernels, mbs=mbs, **layout), devices)
+    found = train(config_of(kernels, mbs=mbs, model=SIZES[kernels.fp8_recipe], **layout), devices)
     # tensorwise: the tensors are those of a microbatch, whose samples therefore have to be the same.
     model_parallel = [size for name, size in layout.items() if name.endswith("parallel_size")]
     wanted = one_device(kernels, mbs * devices // math.prod(model_parallel))
@@ -239,12 +248,12 @@ def test_resumes_with_the_same_bits_and_on_another_mesh(tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, 0 if FP8_META in name else saved[name], err_msg=name)
 
 
-@pytest.mark.parametrize("kernels", [TENSORWISE, DELAYED], ids=lambda kernels: kernels.fp8_recipe)
+@pytest.mark.parametrize("kernels", [TENSORWISE, DELAYED, MXFP8], ids=lambda kernels: kernels.fp8_recipe)
 def test_learns_as_well_as_without(kernels: KernelConfig) -> None:
     """Of the same batch seen again and again; delayed scaling begins with scales of 1."""
     losses = {}
     for name, wanted in (("fp8", kernels), ("fp32", KernelConfig())):
-        config = config_of(wanted, mbs=8, model={"init_method_std": 0.05})
+        config = config_of(wanted, mbs=8, adam=True, model=SIZES["mxfp8"] | {"init_method_std": 0.05})
         program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:1])
         _, seen = steps(program, program.create_state(), batches()[:1] * 20)
         losses[name] = seen[:, 0]
