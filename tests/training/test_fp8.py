@@ -55,7 +55,11 @@ def fp8_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, adam: bool = False, **parallel: Any) -> Config:
-    optimizer = OptimizerConfig(lr=0.01) if adam else OptimizerConfig(optimizer="sgd", lr=0.05, weight_decay=0.5)
+    optimizer = (
+        OptimizerConfig(lr=0.01, weight_decay=0.5)
+        if adam
+        else OptimizerConfig(optimizer="sgd", lr=0.05, weight_decay=0.5)
+    )
     architecture: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 32,
@@ -253,7 +257,7 @@ def test_learns_as_well_as_without(kernels: KernelConfig) -> None:
     """Of the same batch seen again and again; delayed scaling begins with scales of 1."""
     losses = {}
     for name, wanted in (("fp8", kernels), ("fp32", KernelConfig())):
-        config = config_of(wanted, mbs=8, adam=True, model=SIZES["mxfp8"] | {"init_method_std": 0.05})
+        config = config_of(wanted, mbs=8, adam=True, model=SIZES[kernels.fp8_recipe] | {"init_method_std": 0.05})
         program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:1])
         _, seen = steps(program, program.create_state(), batches()[:1] * 20)
         losses[name] = seen[:, 0]
