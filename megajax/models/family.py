@@ -126,7 +126,8 @@ class Family:
       baseline: (config, data sets) -> (name, loss) of the line in the loss plot, or None.
       epilogue: what a finished run prints: the held-out measure that matters, beside what it must beat; a sample.
       write: how it continues text, for `python -m megajax.generate`; None where it does not.
-      loss_by_samples: whether a sample's loss depends on no other of its microbatch, but for the balance of experts.
+      adds_up_apart: whether devices that see a part of a microbatch each, and sum what is to be summed over it
+        (`megajax.ops.across`), compute parts of its loss.
       pipeline_pieces: model -> the pieces that a pipeline calls. None: the family has no pipeline.
       layer_segments: model -> how the layers are stacked of each block that a pipeline divides, by its path among the
         parameters, in the order in which they run.
@@ -151,7 +152,7 @@ class Family:
     baseline: Callable[[Config, Datasets], tuple[str, float] | None] = language.baseline
     epilogue: Callable[[Finished], Iterable[str]] = language.epilogue
     write: Write | None = None
-    loss_by_samples: bool = False
+    adds_up_apart: bool = False
     pipeline_pieces: Callable[[nn.Module], Pieces] | None = None
     layer_segments: Callable[[nn.Module], Mapping[tuple[str, ...], tuple[Segment, ...]]] | None = None
     hf: Callable[[], tuple[Architecture, ...]] = tuple

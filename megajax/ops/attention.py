@@ -8,6 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from megajax.ops.threefry import bits_of_rows, threshold
+
 Array = jax.Array
 
 
@@ -177,6 +179,16 @@ class DropoutRecord:
         if str(jax.random.key_impl(key)) != "threefry2x32":
             raise ValueError(f"attention dropout in a kernel needs a threefry2x32 key, not {jax.random.key_impl(key)}")
         return cls(jax.random.key_data(key), first_row, rate, *shape[1:])
+
+    def of_sample(self, sample: Array | int) -> "DropoutRecord":
+        """From this sample on."""
+        return dataclasses.replace(self, first_row=sample * self.heads * self.S)
+
+    def kept(self, B: int, N: int, S: int) -> Array:
+        """What it says of so many samples, heads and queries from the first row on: bool [B, N, S, T]."""
+        sample, head, query, key = jnp.ix_(*(jnp.arange(size, dtype=jnp.int32) for size in (B, N, S, self.T)))
+        row = self.first_row + (sample * self.heads + head) * self.S + query
+        return bits_of_rows(self.key_data, row, self.T, key) < threshold(1.0 - self.rate)
 
 
 def attention_dropout_kept(key: Array, rate: float, shape: tuple[int, int, int, int]) -> Array:

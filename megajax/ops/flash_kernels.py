@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from megajax.ops.threefry import is_less, threefry2x32, times
+
 Array = jax.Array
 Ref = Any
 """Of a part of an array in the GPU's memory: indexing it loads."""
@@ -267,45 +269,17 @@ def _dropped(
     """
     if problem.dropout is None:
         return x_OP
-    threshold, scale, heads, S, T = problem.dropout
+    threshold, scale, heads, S, T = problem.dropout  # words of 32 bits are int32, as in `megajax.ops.threefry`
     row = inputs.dropout[2] + (sample * heads + head) * S + queries.index
-    high, low = _times(row, T)
+    high, low = times(row, T)
     if keys_stay:
         high, low, key = high[None, :], low[None, :], keys.index[:, None]
     else:
         high, low, key = high[:, None], low[:, None], keys.index[None, :]
-    carry = _less(low + key, low).astype(jnp.int32)
-    first, second = _threefry2x32(inputs.dropout[0], inputs.dropout[1], high + carry, low + key)
+    carry = is_less(low + key, low).astype(jnp.int32)
+    first, second = threefry2x32(inputs.dropout[0], inputs.dropout[1], high + carry, low + key)
     kept_OP = jax.lax.shift_right_logical(first ^ second, 9) < threshold
     return jnp.where(kept_OP, x_OP * scale, 0.0)
-
-
-# Words of 32 bits are int32 here, whose sums and products wrap around as those of unsigned integers do.
-def _less(a: Array, b: Array) -> Array:
-    """Of unsigned words."""
-    lowest = jnp.int32(-(2**31))
-    return (a ^ lowest) < (b ^ lowest)
-
-
-def _times(a: Array, b: int) -> tuple[Array, Array]:
-    """High and low word of the product of an unsigned word and a number below 2^31, in halves of 16 bits."""
-    a_high, a_low = jax.lax.shift_right_logical(a, 16), a & 0xFFFF
-    b_high, b_low = b >> 16, b & 0xFFFF
-    middle = a_high * b_low + jax.lax.shift_right_logical(a_low * b_low, 16)
-    rest = (middle & 0xFFFF) + a_low * b_high
-    return a_high * b_high + jax.lax.shift_right_logical(middle, 16) + jax.lax.shift_right_logical(rest, 16), a * b
-
-
-def _threefry2x32(key: Array, other_key: Array, x: Array, y: Array) -> tuple[Array, Array]:
-    """Threefry-2x32 in 20 rounds (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
-    keys = key, other_key, key ^ other_key ^ 0x1BD11BDA
-    x, y = x + keys[0], y + keys[1]
-    for group in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            x += y
-            y = x ^ (jax.lax.shift_left(y, turn) | jax.lax.shift_right_logical(y, 32 - turn))
-        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + (group + 1)
-    return x, y
 
 
 def _product(a: Pieces, b: Pieces) -> Array:

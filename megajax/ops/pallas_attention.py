@@ -7,14 +7,12 @@ here are their sizes, and which part of each array a block reads.
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S query length, T key length, N query heads, G key/value heads, R = N/G, K head size, V head size of values
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -31,6 +29,7 @@ from megajax.ops.flash_kernels import (
     attention_backward_q,
     attention_forward,
 )
+from megajax.ops.threefry import threshold
 
 Array = jax.Array
 
@@ -343,8 +342,7 @@ def _spec(array: Any, block: tuple[int | None, ...], index: Callable[..., tuple[
 def _static(dropout: DropoutRecord | None) -> Dropout | None:
     if dropout is None:
         return None
-    kept = float(np.float32(1.0 - dropout.rate))  # what a uniform number m / 2^23 is compared with
-    return Dropout(math.ceil(kept * 2**23), 1.0 / (1.0 - dropout.rate), dropout.heads, dropout.S, dropout.T)
+    return Dropout(threshold(1.0 - dropout.rate), 1.0 / (1.0 - dropout.rate), dropout.heads, dropout.S, dropout.T)
 
 
 def _words(dropout: DropoutRecord | None) -> Array | None:

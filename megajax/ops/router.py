@@ -7,10 +7,13 @@ Legend: T tokens, E experts, K experts a token, G groups of experts, B sequences
 
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from megajax.ops.across import WHOLE, Across
 
 Array = jax.Array
 
@@ -89,12 +92,18 @@ def sinkhorn(logits_TE: Array, tolerance: float = 1e-4) -> Array:
 
 
 def load_balancing_loss(
-    logits_BSE: Array, rule: Routing, *, per_sequence: bool = False, keep_BS: Array | None = None
+    logits_BSE: Array,
+    rule: Routing,
+    *,
+    per_sequence: bool = False,
+    keep_BS: Array | None = None,
+    across: Across = WHOLE,
 ) -> Array:
     """`E / (K T^2) sum_e (sum_t score_te) count_e`: 1 where experts share scores and choices evenly, fp32 scalar.
 
     Scores are over all experts (of sigmoids, their share), and the choice is by them alone, without bias or groups.
     per_sequence: of each sequence, then the mean over them (arXiv:2412.19437, 2.1.2). keep_BS: tokens that count.
+    across: devices that have the other tokens.
     """
     E, K = logits_BSE.shape[-1], rule.top_k
     if rule.score == "sigmoid":
@@ -104,20 +113,22 @@ def load_balancing_loss(
         scores = jax.nn.softmax(logits_BSE, -1)
     chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), K)[1]
     picked = jnp.sum(jax.nn.one_hot(chosen, E, dtype=jnp.float32), axis=-2)
-    if keep_BS is None:
-        keep_BS = jnp.ones(logits_BSE.shape[:2])
-    keep = keep_BS.astype(jnp.float32)[..., None]
-    axes = (1,) if per_sequence else (0, 1)
-    # Of sequences of unequal length Megatron takes the mean length, so that a short one counts less.
-    tokens = jnp.maximum(jnp.mean(jnp.sum(keep, axes)), 1.0)
-    sums, counts = jnp.sum(scores * keep, axes), jnp.sum(picked * keep, axes)
-    return jnp.mean(jnp.sum(sums * counts, -1)) * E / (K * jnp.square(tokens))
+    axes, total = ((1,), across.sequence) if per_sequence else ((0, 1), across.tokens)
+    mean = across.mean_of_samples if per_sequence else jnp.sum
+    tokens: Array | int = total(math.prod(logits_BSE.shape[axis] for axis in axes))
+    if keep_BS is not None:
+        keep = keep_BS.astype(jnp.float32)
+        # Of sequences of unequal length Megatron takes the mean length, so that a short one counts less.
+        tokens = jnp.maximum(mean(total(jnp.sum(keep, axes))), 1.0)
+        scores, picked = scores * keep[..., None], picked * keep[..., None]
+    sums, counts = total(jnp.stack([jnp.sum(scores, axes), jnp.sum(picked, axes)]))
+    return mean(jnp.sum(sums * counts, -1)) * E / (K * jnp.square(jnp.float32(tokens)))
 
 
-def z_loss(logits_BSE: Array, keep_BS: Array | None = None) -> Array:
-    """`mean(logsumexp(logits)^2)` (arXiv:2202.08906), fp32 scalar."""
+def z_loss(logits_BSE: Array, keep_BS: Array | None = None, *, across: Across = WHOLE) -> Array:
+    """`mean(logsumexp(logits)^2)` (arXiv:2202.08906), fp32 scalar. across: devices that have the other tokens."""
     squares = jnp.square(jax.nn.logsumexp(logits_BSE, -1))
     if keep_BS is None:
-        return jnp.mean(squares)
+        return across.mean_of_tokens(squares)
     keep = keep_BS.astype(jnp.float32)
-    return jnp.sum(squares * keep) / jnp.maximum(jnp.sum(keep), 1.0)
+    return across.tokens(jnp.sum(squares * keep)) / jnp.maximum(across.tokens(jnp.sum(keep)), 1.0)

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from megajax.config import ConfigError
 from megajax.ops.attention import AttentionMask, DropoutRecord, attention_dropout_kept, dot_product_attention
 from megajax.ops.flash_attention import FlashKernel, flash_attention
+from megajax.parallel.replicas import axes_apart, parts_apart
 from megajax.parallel.ring_attention import Ring, ring_attention
 from megajax.parallel.sharding import spec_of
 
@@ -89,36 +90,52 @@ def context_parallel_attention(
       ConfigError: sizes that do not divide; dropout where its mask would have to differ from one device's.
     """
     layout = _Layout.in_context()
-    shape = (q_BSNK.shape[0], q_BSNK.shape[2], q_BSNK.shape[1], k_BTGK.shape[1])
-    key = dropout_key if dropout_rate > 0.0 else None
-    kept = None if kernel is None or key is None else DropoutRecord.of(key, dropout_rate, shape)
+    B, N, (S, T) = q_BSNK.shape[0], q_BSNK.shape[2], (x.shape[1] * parts_apart("seq") for x in (q_BSNK, k_BTGK))
+    shape = (B * parts_apart("batch"), N, S, T)
+    key, apart = dropout_key if dropout_rate > 0.0 else None, parts_apart("batch") * parts_apart("seq") > 1
+    told = kernel is not None or apart
+    kept = DropoutRecord.of(key, dropout_rate, shape) if told and key is not None else None
     if layout is None or (layout.cp == layout.ulysses == 1 and kernel is None):
-        drop = {"dropout_rate": dropout_rate, "dropout_key": key}
+        part = None
+        if kept is not None and kernel is None:
+            part = kept.of_sample(_first(axes_apart("batch"), B)).kept(B, N, S)
+        drop = {"dropout_rate": dropout_rate, "dropout_key": key, "dropout_kept_BNST": part}
         attend = partial(dot_product_attention, softmax_dtype=softmax_dtype, **drop)
         if kernel is not None:
             attend = partial(flash_attention, kernel=kernel, value_size=value_size, dropout=kept)
         return attend(q_BSNK, k_BTGK, v_BTGK, mask=mask, scale=scale, sink_N=sink_N)
     layout.check(q_BSNK, k_BTGK, zigzag)
-    if layout.cp > 1 and comm == "a2a":
-        raise ConfigError(f"cp_comm_type='a2a' leaves nothing to divide over {CP}={layout.cp}; use 'a2a+p2p'")
-    if mask.bias is not None and layout.cp * layout.ulysses > 1:
-        raise ConfigError(
-            "a relative position bias is not possible with context_parallel_size > 1; set it to 1, or use"
-            " position_embedding_type='rope'"
-        )
     ring = comm in ("p2p", "a2a+p2p") and layout.cp > 1
     zigzag = zigzag and layout.cp > 1
-    if key is not None and (ring or zigzag):
-        raise ConfigError(
-            f"attention_dropout={dropout_rate} with context_parallel_size > 1 needs cp_comm_type='a2a' or 'all_gather';"
-            " set attention_dropout to 0"
-        )
-    if key is not None and kernel is None:
+    dropped = dropout_rate if key is not None else 0.0
+    _refuse(layout, comm, biased=mask.bias is not None, dropped=dropped, ring=ring or zigzag)
+    if key is not None and not told:
         # Outside of the manual region, where it is the same whatever the mesh; every device makes its part.
         kept = attention_dropout_kept(key, dropout_rate, shape)
     seen = AttentionMask(mask.causal, mask.window, softcap=mask.softcap)
     region = _Region(layout, ring, zigzag, seen, scale, softmax_dtype, dropout_rate, kernel, value_size)
     return region(q_BSNK, k_BTGK, v_BTGK, sink_N, mask, kept)
+
+
+def _refuse(layout: "_Layout", comm: str, *, biased: bool, dropped: float, ring: bool) -> None:
+    """Raises ConfigError for what would differ from one device, or is not there."""
+    if layout.cp > 1 and comm == "a2a":
+        raise ConfigError(f"cp_comm_type='a2a' leaves nothing to divide over {CP}={layout.cp}; use 'a2a+p2p'")
+    if biased and layout.cp * layout.ulysses > 1:
+        raise ConfigError(
+            "a relative position bias is not possible with context_parallel_size > 1; set it to 1, or use"
+            " position_embedding_type='rope'"
+        )
+    if dropped and ring:
+        raise ConfigError(
+            f"attention_dropout={dropped} with context_parallel_size > 1 needs cp_comm_type='a2a' or 'all_gather';"
+            " set attention_dropout to 0"
+        )
+
+
+def _first(axes: tuple[str, ...], size: int) -> Array | int:
+    """The index, among those of all devices of these axes, of the first of the `size` that each has."""
+    return jax.lax.axis_index(axes) * size if axes else 0
 
 
 def divides_keys() -> bool:
@@ -129,7 +146,10 @@ def divides_keys() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Which mesh axes divide batch, heads and sequence, and the sizes of the latter: 1 if they do not."""
+    """Which mesh axes divide batch, heads and sequence, and the sizes of the latter: 1 if they do not.
+
+    batch, seq: without those that divide them between replicas, in a region around this one.
+    """
 
     batch: tuple[str, ...]
     heads: tuple[str, ...]
@@ -153,7 +173,7 @@ class _Layout:
 
         heads, seq = axes("act_heads"), axes("seq")
         tp = math.prod(mesh.shape[axis] for axis in heads)
-        cp, ulysses = (mesh.shape[axis] if axis in seq else 1 for axis in (CP, ULYSSES))
+        cp, ulysses = (mesh.shape[axis] if axis in seq + axes_apart("seq") else 1 for axis in (CP, ULYSSES))
         return cls(axes("batch"), heads, axes("act_kv_heads"), seq, cp, ulysses, tp)
 
     @property
@@ -167,7 +187,8 @@ class _Layout:
         return (*self.heads, *(axis for axis in self.seq if axis == ULYSSES))
 
     def check(self, q_BSNK: Array, k_BTGK: Array, zigzag: bool) -> None:
-        for length in (q_BSNK.shape[1], k_BTGK.shape[1]):
+        parts = parts_apart("seq")
+        for length in (q_BSNK.shape[1] * parts, k_BTGK.shape[1] * parts):
             _require_divides(length, self.cp * self.ulysses, "context_parallel_size")
             if zigzag and self.cp > 1:
                 _require_divides(length, 2 * self.cp, "twice the p2p or all_gather part of context_parallel_size")
@@ -204,6 +225,7 @@ class _Region:
         kept: Array | DropoutRecord | None,
     ) -> Array:
         to = self.layout
+        mask = self._with_others(mask)
         batch, heads, traded = to.batch or None, to.heads or None, to.traded_heads or None
         seq, queries = to.seq or None, to.queries or None
         q_spec = PartitionSpec(batch, seq, heads)
@@ -231,6 +253,23 @@ class _Region:
             check_vma=False,
         )
         return attend(q, k, v, sink_N, mask.q_segment_ids, mask.kv_segment_ids, mask.keep, kept, mask.bias)
+
+    def _with_others(self, mask: AttentionMask) -> AttentionMask:
+        """Where replicas have parts of a sequence: what the region reads of the mask beyond its own part. For queries
+        that is what their heads are traded for."""
+        everyone, traders = axes_apart("seq"), tuple(axis for axis in axes_apart("seq") if axis == ULYSSES)
+
+        def gathered(x: Array | None, dim: int, axes: tuple[str, ...]) -> Array | None:
+            if x is None or not axes or x.shape[dim] == 1:
+                return x
+            return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+        return dataclasses.replace(
+            mask,
+            q_segment_ids=gathered(mask.q_segment_ids, 1, traders),
+            kv_segment_ids=gathered(mask.kv_segment_ids, 1, everyone),
+            keep=gathered(gathered(mask.keep, 2, traders), 3, everyone),
+        )
 
     def on_device(
         self,
@@ -289,30 +328,34 @@ class _Region:
 
     def _own_part(self, dropout: DropoutRecord, B: int, S: int, N: int) -> DropoutRecord:
         """What is dropped of this device's samples, heads and queries, which lie in the order of the devices."""
-        axes = self.layout.batch, self.layout.traded_heads, self.layout.queries
-        sample, head, query = (
-            jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, (B, N, S), strict=True)
-        )
-        first_row = (sample * dropout.heads + head) * dropout.S + query
-        return dataclasses.replace(dropout, first_row=first_row)
+        to, apart = self.layout, axes_apart("seq")
+        traded = tuple(axis for axis in apart if axis == ULYSSES)
+        kept_apart = tuple(axis for axis in apart if axis != ULYSSES)
+        axes = axes_apart("batch") + to.batch, to.traded_heads + traded, kept_apart + to.queries
+        sample, head, query = (_first(names, size) for names, size in zip(axes, (B, N, S), strict=True))
+        dropout = dropout.of_sample(sample)
+        return dataclasses.replace(dropout, first_row=dropout.first_row + head * dropout.S + query)
 
     def _gathered(
         self, q: Array, k: Array, v: Array, sink: Array | None, mask: AttentionMask, kept: Array | DropoutRecord | None
     ) -> Array:
         """Attention to all keys, which are collected from the devices of `cp`."""
+        B, S, N = q.shape[:3]
         if self.kernel is None:
             attend = partial(dot_product_attention, softmax_dtype=self.softmax_dtype)
-            if isinstance(kept, Array):
+            if isinstance(kept, DropoutRecord):
+                kept = self._own_part(kept, B, S, N).kept(B, N, S)
+            if kept is not None:
                 attend = partial(attend, dropout_rate=self.dropout_rate, dropout_kept_BNST=kept)
         else:
             attend = partial(flash_attention, kernel=self.kernel, value_size=self.value_size)
             if isinstance(kept, DropoutRecord):
-                attend = partial(attend, dropout=self._own_part(kept, *q.shape[:3]))
+                attend = partial(attend, dropout=self._own_part(kept, B, S, N))
         attend = partial(attend, scale=self.scale, sink_N=sink)
         if self.layout.cp == 1:
             return attend(q, k, v, mask=mask)
         n, rank = self.layout.cp, jax.lax.axis_index(CP)
-        S, T = q.shape[1], n * k.shape[1]
+        T = n * k.shape[1]
         kv = jax.lax.all_gather(jnp.stack((k, v)), CP, axis=2, tiled=True)
         if not self.zigzag:
             placed = mask.causal or mask.window is not None

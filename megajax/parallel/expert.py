@@ -30,6 +30,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from megajax.config import ConfigError
 from megajax.ops.grouped import LOOP, DropPolicy, Groups, block_for, capacity, drop
 from megajax.parallel.expert_exchange import Axes, Exchange, MeshAxes, Sent, Work, exchange_of
+from megajax.parallel.replicas import manual_part
 
 Array = jax.Array
 
@@ -88,7 +89,8 @@ def dispatch(
     """Sum over a token's experts of expert(token) * probability.
 
     It opens a `shard_map` over all axes named here, in the mesh of the context, also inside one that is manual over
-    other axes; without a mesh everything is local. Gradients are exact for x, probs and params. Sums over devices are
+    other axes, or over some of these: then x and params are what a replica has of them. Without a mesh everything is
+    local. Gradients are exact for x, probs and params. Sums over devices are
     taken in the dtype of what is summed (of params' gradients, so give fp32 ones and cast in `expert_fn`), on CPUs in
     fp32.
 
@@ -155,17 +157,19 @@ class ExpertSteps:
         specs = PartitionSpec(ep or None) if param_specs is None else param_specs
         specs = jax.tree.map(lambda s: _several(s, mesh), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
         axes = Axes(*(_names(_several(PartitionSpec(group), mesh)) for group in (_names(token_spec), ep, etp)))
-        manual = {*axes.token, *axes.ep, *axes.etp, *_names_of_tree(specs)}
-        widened = bool(manual) and _platform(mesh) == "cpu"
+        several = {*axes.token, *axes.ep, *axes.etp, *_names_of_tree(specs)}
+        widened = bool(several) and _platform(mesh) == "cpu"
         if axes.ep:
             _check_platform(dispatcher, mesh)
-        if manual:
-            _check(x, token_spec, axes, num_experts, dispatcher, mesh)
         if widened:
             expert_fn = _narrowed(expert_fn, x.dtype, jax.tree.map(lambda a: a.dtype, params))
-        cut = math.prod(mesh.shape[axis] for axis in axes.token)
+        manual = tuple(axis for axis in mesh.axis_names if axis in several and axis not in mesh.manual_axes)
+        token_spec, specs = manual_part((token_spec, specs), manual)
+        if several:
+            _check(x, token_spec, axes, num_experts, dispatcher, mesh)
+        cut = math.prod(mesh.shape[axis] for axis in _names(token_spec))
         return cls(
-            axes, token_spec, specs, tuple(axis for axis in mesh.axis_names if axis in manual),
+            axes, token_spec, specs, manual,
             math.prod(x.shape[:-1]) // cut, expert_fn, num_experts, dispatcher, x.dtype, widened,
         )  # fmt: skip
 

@@ -19,6 +19,9 @@ experts are laid out otherwise than attention, an axis may come in parts, tp1 an
 DATA_AXES = ("replica", "dp", "ep")
 """What the batch is divided over."""
 
+SEQUENCE_AXES = ("cp", "ulysses")
+"""What the tokens of a sample are divided over, inside of attention as well."""
+
 ZERO_AXES = ("dp", "ep")
 """What ZeRO shards over; `replica` holds copies (hybrid sharding)."""
 

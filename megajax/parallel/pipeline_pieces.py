@@ -305,25 +305,24 @@ def over_stages(
             return region(params, rows, work)
 
     def call(params: Params, rows: Tree, work: Work) -> Any:
-        samples = replicas.of_batch
-        work_specs = Work(jax.tree.map(lambda _: samples, dict(work.batch)), samples, samples, PartitionSpec())  # type: ignore[arg-type]
-        in_specs = (manual_part(specs, (PP,)), PartitionSpec(PP), work_specs)
-        axes = {PP, *replicas.axes}
-        whole = jax.shard_map(apart, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+        losses = replicas.of_array("loss_mask")
+        work_specs = Work(replicas.of_batch(work.batch), losses, losses, PartitionSpec())  # type: ignore[arg-type]
+        axes = (PP, *replicas.axes)
+        in_specs = (manual_part(specs, axes), PartitionSpec(PP), work_specs)
+        whole = jax.shard_map(apart, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
         return whole(params, rows, work)
 
     return call
 
 
 def laid_out(gradients: Tree, specs: Tree) -> Tree:
-    """Gradients as their specs say; in the region pp is no longer said, and staged leaves are [chunks, rows, ...]."""
-
-    def without_pp(entry: Any) -> Any:
-        entry = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        return tuple(axis for axis in entry if axis != PP) or None
+    """Gradients as their specs say; of the axes of the region nothing is said, and staged leaves are [chunks, rows,
+    ...]."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
 
     def of_leaf(gradient: Array, spec: PartitionSpec) -> Array:
-        inner = [without_pp(entry) for entry in spec]
+        inner = [*manual_part(spec, automatic)]
         inner = [None] * (gradient.ndim - len(inner)) + inner
         return jax.lax.with_sharding_constraint(gradient, PartitionSpec(*inner))
 

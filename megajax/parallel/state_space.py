@@ -63,10 +63,14 @@ def _mix_whole(projected: Projected, dynamics: Dynamics, sizes: Sizes, segment_i
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Which mesh axes divide heads and groups, and the sizes of those that divide the sequence."""
+    """Which mesh axes divide heads, groups and the sequence, and the sizes of those that divide the sequence.
+
+    seq: none where replicas have parts of it, each in a region of its own already.
+    """
 
     heads: tuple[str, ...]
     groups: tuple[str, ...]
+    seq: tuple[str, ...]
     tp: int
     cp: int
     ulysses: int
@@ -84,7 +88,8 @@ class _Layout:
 
         heads = axes("act_ssm_heads")
         tp = math.prod(mesh.shape[axis] for axis in heads)
-        layout = cls(heads, axes("act_ssm_groups"), tp, mesh.shape[CP], mesh.shape[ULYSSES])
+        seq = tuple(axis for axis in SEQ if axis not in mesh.manual_axes)
+        layout = cls(heads, axes("act_ssm_groups"), seq, tp, mesh.shape[CP], mesh.shape[ULYSSES])
         return None if tp * layout.cp * layout.ulysses == 1 else layout
 
 
@@ -98,11 +103,11 @@ class _Region:
 
     def __call__(self, projected: Projected, dynamics: Dynamics, segment_ids: Array | None) -> Array:
         to, dtype = self.layout, projected.x.dtype
-        heads, groups = to.heads or None, to.groups or None
+        heads, groups, seq = to.heads or None, to.groups or None, to.seq or None
         if to.groups != to.heads:  # The gradients of all copies are summed where the region begins: in fp32.
             projected = projected._replace(b=projected.b.astype(jnp.float32), c=projected.c.astype(jnp.float32))
         dynamics = jax.tree.map(lambda a: a.astype(jnp.float32), dynamics)  # copies over the sequence
-        of_heads, of_groups = PartitionSpec(None, SEQ, heads), PartitionSpec(None, SEQ, groups)
+        of_heads, of_groups = PartitionSpec(None, seq, heads), PartitionSpec(None, seq, groups)
 
         def convolution(axis: Any, given: Convolution) -> Convolution:
             bias = None if given.bias is None else PartitionSpec(axis)
@@ -119,10 +124,10 @@ class _Region:
                     PartitionSpec(heads),  # type: ignore[arg-type]
                     PartitionSpec(heads),  # type: ignore[arg-type]
                 ),
-                PartitionSpec(None, SEQ),
+                PartitionSpec(None, seq),
             ),
             out_specs=of_heads,
-            axis_names={*SEQ, *to.heads},
+            axis_names={*to.seq, *to.heads},
             check_vma=False,
         )
         return region(projected, dynamics, segment_ids)  # pyright: ignore

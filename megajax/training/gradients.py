@@ -4,6 +4,7 @@
 # M microbatches, B batch, S sequence
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -89,12 +90,12 @@ def accumulated_gradients(
     def gradients(state: TrainState, batch: Batch) -> tuple[Any, Array]:
         weights = _scaled_weights(state, batch["loss_mask"], config, data_parallel_size)
         step_key = _dropout_key(state, config)
-        inputs = (dict(batch), weights)
+        inputs: tuple[Batch, Array] = (dict(batch), weights)
         M = weights.shape[0]
         if M == 1:  # no accumulator to hold beside the gradients
             return microbatch_gradients(state.params, step_key, 0, *jax.tree.map(lambda a: a[0], inputs))
 
-        def all_microbatches(params: Any, inputs: tuple[Batch, Array]) -> tuple[Any, Array]:
+        def all_microbatches(params: Any, inputs: tuple[Batch, Array], step_key: Array | None) -> tuple[Any, Array]:
             def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
                 index, microbatch = indexed
                 grads, loss_sum = microbatch_gradients(params, step_key, index, *microbatch)
@@ -104,7 +105,7 @@ def accumulated_gradients(
             (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))
             return grads, loss_sum
 
-        return replicas.each(all_microbatches)(state.params, inputs)
+        return replicas.each(all_microbatches)(state.params, inputs, step_key)
 
     return gradients
 
@@ -127,7 +128,9 @@ class PipelineProgram:
         self._axes, self._data_parallel_size = param_axes, data_parallel_size
         self._specs = self._specs_of(rules.table)
         self._gradient_specs = self._specs_of(rules.gradient_table)
-        self._replicas = Replicas(replicas.axes, self._specs_of(rules.optimizer_table))
+        self._replicas = dataclasses.replace(
+            replicas, parameters=self._specs, specs=self._specs_of(rules.optimizer_table)
+        )
         self._engine(config.parallel.pipeline_model_parallel_size)  # refuses at the start what no schedule can do
 
     def _specs_of(self, table: Mapping[str, tuple[str, ...]]) -> Params:

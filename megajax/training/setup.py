@@ -18,9 +18,10 @@ from megajax.config import Config, ConfigError
 from megajax.data.loader import ProcessRows
 from megajax.data.tokenizers import Tokenizer
 from megajax.models.family import Family
+from megajax.ops.threefry import is_default
 from megajax.parallel import sharding
 from megajax.parallel.mesh import data_parallel_size, gpu_capability, make_mesh
-from megajax.parallel.replicas import ALIKE, REPLICA_AXES, Replicas
+from megajax.parallel.replicas import ALIKE, Replicas, axes_between_replicas
 from megajax.parallel.sharding import AxisRules
 from megajax.training.batches import prepare_batch
 from megajax.training.blueprint import Blueprint, draw_up
@@ -152,18 +153,21 @@ def _gradients_and_evaluation(
 
 
 def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:
-    """The replicas that add up their own gradients: not where parameters or gradients are divided between them, where
-    samples of one share the balance of experts with those of others, or where noise is drawn for all together.
+    """The replicas that add up their own gradients: not where ZeRO divides parameters or gradients between them, or
+    where all tokens of a microbatch have to be seen together.
     """
-    by_samples = family.loss_by_samples and config.model.num_moe_experts is None
-    if config.parallel.zero > 1 or not by_samples or config.model.draws_noise:
+    model, rules = config.model, drawn.rules
+    together = any(kind == "sinkhorn" for kind, _ in model.balancing)
+    together |= model.draws_noise and not is_default()
+    axes = axes_between_replicas(drawn.mesh.shape)
+    if config.parallel.zero > 1 or not family.adds_up_apart or together or not axes:
         return ALIKE
-    sizes = drawn.mesh.shape
-    several = [axis for axis in REPLICA_AXES if sizes[axis] > 1]
-    # With the axes of size 1 before them: of nested regions XLA wants the axes in the order of the mesh (JAX 0.12).
-    before = drawn.mesh.axis_names[: drawn.mesh.axis_names.index(several[-1])] if several else ()
-    axes = tuple(axis for axis in before if sizes[axis] == 1 or axis in several) + tuple(several[-1:])
-    return Replicas(axes, sharding.specs_of_axes(drawn.param_axes, drawn.rules.optimizer_table))
+    return Replicas(
+        axes,
+        sharding.specs_of_axes(drawn.param_axes, rules.table),
+        sharding.specs_of_axes(drawn.param_axes, rules.optimizer_table),
+        lambda name: sharding.spec_of((None, *family.axes_of(name)), rules.table),
+    )
 
 
 def compiler_options(mesh: Mesh, config: Config, level: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megajax.ops.attention import AttentionMask
 from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import constrain
 from megajax.spec import Builder
+from megajax.transformer.dropout import Dropout
 from megajax.transformer.recompute import recomputed
 
 Array = jax.Array
@@ -26,7 +27,7 @@ class BiasDropoutAdd(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD: Array, residual_BSD: Array, *, deterministic: bool = True) -> Array:
-        x_BSD = nn.Dropout(self.config.hidden_dropout, deterministic=deterministic)(x_BSD)
+        x_BSD = Dropout(self.config.hidden_dropout, deterministic=deterministic)(x_BSD)
         return constrain(residual_BSD + x_BSD, "batch", "residual_seq", "act_embed")
 
 

@@ -21,6 +21,8 @@ from megajax.ops.grouped import LOOP, GroupedKernel, Groups, expert_counts, grou
 from megajax.ops.router import Routing, load_balancing_loss, route, sinkhorn_route, z_loss
 from megajax.parallel.expert import Dispatcher, ExpertSteps, dispatch
 from megajax.parallel.expert_exchange import Sent
+from megajax.parallel.noise import uniform
+from megajax.parallel.replicas import across, axes_apart, parts_apart
 from megajax.parallel.sharding import constrain, summed_as_it_lies
 from megajax.spec import Builder
 from megajax.transformer.linear import init_std, normal_init, output_init_std, zeros_init
@@ -73,7 +75,9 @@ class Router(nn.Module):
         E, x_BSD = cfg.num_moe_experts or 0, x_BSD.astype(jnp.float32)
         if cfg.moe_input_jitter_eps and not deterministic:
             low, high = 1 - cfg.moe_input_jitter_eps, 1 + cfg.moe_input_jitter_eps
-            x_BSD *= jax.random.uniform(self.make_rng("dropout"), x_BSD.shape, minval=low, maxval=high)
+            x_BSD *= uniform(
+                self.make_rng("dropout"), x_BSD.shape, "batch", "residual_seq", "act_embed", low=low, high=high
+            )
         kernel: Any = self.param("kernel", normal_init(init_std(cfg), ("embed", "whole")), (x_BSD.shape[-1], E))
         logits_BSE = x_BSD @ summed_as_it_lies(kernel.astype(jnp.float32), "embed", "whole")
         if cfg.add_bias_linear:
@@ -98,11 +102,12 @@ class Router(nn.Module):
         cfg = self.config
         for kind, coefficient in cfg.balancing:
             if coefficient and kind in ("aux_loss", "seq_aux_loss", "global_aux_loss"):
-                loss = load_balancing_loss(logits_BSE, rule, per_sequence=kind == "seq_aux_loss")
+                by_sequence = kind == "seq_aux_loss"
+                loss = load_balancing_loss(logits_BSE, rule, per_sequence=by_sequence, across=across())
                 weights_BSK = attach(weights_BSK, loss, aux_weight * coefficient)
                 self.sow("intermediates", kind, loss)
         if cfg.moe_z_loss_coeff:
-            loss = z_loss(logits_BSE)
+            loss = z_loss(logits_BSE, across=across())
             weights_BSK = attach(weights_BSK, loss, aux_weight * cfg.moe_z_loss_coeff)
             self.sow("intermediates", "z_loss", loss)
         return weights_BSK
@@ -111,7 +116,7 @@ class Router(nn.Module):
 class ExpertLinear(nn.Module):
     """The kernels [E, I, O] (and biases [E, O]) of one linear map of each expert; called, it gives them.
 
-    axes: logical axes of I and O.
+    axes: logical axes of I and O. Where replicas divide the experts, or an expert, those are the kernels of one.
     """
 
     config: TransformerConfig
@@ -121,10 +126,11 @@ class ExpertLinear(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        dtype = jnp.dtype(self.config.params_dtype)
-        weights = {"kernel": self.param("kernel", normal_init(self.std, ("experts", *self.axes)), self.shape, dtype)}
+        dtype, names = jnp.dtype(self.config.params_dtype), ("experts", *self.axes)
+        shape = tuple(size // parts_apart(name) for size, name in zip(self.shape, names, strict=True))
+        weights = {"kernel": self.param("kernel", normal_init(self.std, names), shape, dtype)}
         if self.config.add_mlp_bias:
-            axes, shape = ("experts", self.axes[1]), (self.shape[0], self.shape[2])
+            axes, shape = ("experts", self.axes[1]), (shape[0], shape[2])
             weights["bias"] = self.param("bias", zeros_init(axes), shape, dtype)
         return weights
 
@@ -195,7 +201,7 @@ class Experts(nn.Module):
 
         def axes(name: str) -> tuple[str, ...]:
             found = rules.get(name) or ()
-            return (found,) if isinstance(found, str) else tuple(found)
+            return axes_apart(name) + ((found,) if isinstance(found, str) else tuple(found))
 
         ep, etp = axes("experts"), axes("expert_mlp")
 
@@ -206,9 +212,10 @@ class Experts(nn.Module):
                 return PartitionSpec(ep, None if name == "linear_fc2" else etp)
             return PartitionSpec(ep, etp, None) if name == "linear_fc2" else PartitionSpec(ep, None, etp)
 
-        parts, dispatcher = _devices(etp), self._dispatcher(like.shape[0] * like.shape[1])
+        tokens = like.shape[0] * like.shape[1] * parts_apart("batch") * parts_apart("residual_seq")
+        parts, dispatcher = _devices(etp), self._dispatcher(tokens)
         D, F = params["linear_fc1"]["kernel"].shape[1:]
-        kernel = self.kernel(dispatcher, like.dtype, (D, F // parts))
+        kernel = self.kernel(dispatcher, like.dtype, (D, F * parts_apart("expert_mlp") // parts))
         return {
             "expert_fn": functools.partial(self._mlp, parts=parts, kernel=kernel),
             "num_experts": cfg.num_moe_experts,

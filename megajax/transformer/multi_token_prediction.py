@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.config import TransformerConfig
+from megajax.parallel.replicas import across
 from megajax.parallel.sharding import constrain
 from megajax.spec import Builder
 
@@ -17,17 +18,21 @@ Array = jax.Array
 
 def roll_left(x_BS: Array, segment_ids_BS: Array | None = None) -> Array:
     """Each place takes the value of the next one; the last of a sequence, or of a packed document, takes 0."""
-    rolled = jnp.roll(x_BS, -1, axis=1).at[:, -1].set(0)
+
+    def next_ones(x_BS: Array) -> Array:
+        return jnp.concatenate([x_BS[:, 1:], across().of_next(x_BS[:, :1])], axis=1)
+
+    rolled = next_ones(x_BS)
     if segment_ids_BS is None:
         return rolled
-    return jnp.where(jnp.roll(segment_ids_BS, -1, axis=1) == segment_ids_BS, rolled, 0)
+    return jnp.where(next_ones(segment_ids_BS) == segment_ids_BS, rolled, 0)
 
 
 def rolled_weights(weights_BS: Array, segment_ids_BS: Array | None = None) -> Array:
     """Weights of the losses one token further, which sum to as much as before."""
     rolled = roll_left(weights_BS, segment_ids_BS)
-    total = jnp.sum(rolled)
-    return rolled * (jnp.sum(weights_BS) / jnp.where(total == 0, 1.0, total))
+    before, total = across().tokens(jnp.stack([jnp.sum(weights_BS), jnp.sum(rolled)]))
+    return rolled * (before / jnp.where(total == 0, 1.0, total))
 
 
 class MultiTokenPredictionLayer(nn.Module):

@@ -170,15 +170,15 @@ ON_CPU = {
     ),
     "ring4": (
         "3 collective-permute cp",
-        "6 collective-permute cp, 9 all-reduce cp",
-        "4 all-reduce cp",  # gradients of embedding, last norm and head; the loss
-        "2 all-reduce cp",  # the number of tokens, twice
+        "6 collective-permute cp",
+        "",
+        "15 all-reduce cp",  # gradients of nine arrays of layers, of embedding, last norm and head; loss; tokens, twice
     ),
     "ulysses2": (
         "2 all-to-all ulysses",
-        "2 all-to-all ulysses, 9 all-reduce ulysses",
-        "4 all-reduce ulysses",
-        "2 all-reduce ulysses",
+        "2 all-to-all ulysses",
+        "",
+        "15 all-reduce ulysses",
     ),
     # Gradients of three norms, which are whole, are summed whole; the loss; the norms of all; tokens, twice.
     "zero1": ("", "", "", "9 reduce-scatter dp, 9 all-gather dp, 15 all-reduce dp"),
@@ -209,18 +209,18 @@ ON_H100 = {
     ),
     "ring4": (
         "3 collective-permute cp",
-        "6 collective-permute cp, 1 all-reduce cp",
-        "1 all-reduce cp",
+        "6 collective-permute cp",
+        "",
         "2 all-reduce cp",
     ),
     "ulysses2": (
         "2 all-to-all ulysses",
-        "2 all-to-all ulysses, 1 all-reduce ulysses",
-        "1 all-reduce ulysses",
+        "2 all-to-all ulysses",
+        "",
         "2 all-reduce ulysses",
     ),
     # Keys and values are gathered together.
-    "allgather2": ("1 all-gather cp", "1 reduce-scatter cp, 1 all-reduce cp", "1 all-reduce cp", "2 all-reduce cp"),
+    "allgather2": ("1 all-gather cp", "1 reduce-scatter cp", "", "2 all-reduce cp"),
     "zero0": ("", "", "", "2 all-reduce dp"),
     "zero1": ("", "", "", "9 reduce-scatter dp, 9 all-gather dp, 2 all-reduce dp"),
     "zero2": ("", "7 reduce-scatter dp", "2 reduce-scatter dp, 1 all-reduce dp", "9 all-gather dp, 2 all-reduce dp"),

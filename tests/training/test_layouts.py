@@ -108,6 +108,11 @@ LAYOUTS = [
     Layout(model="gemma", devices=4, pp=2, tp=2, mbs=2),
     Layout(model="experts", zero=0),
     Layout(model="experts", ep=8),
+    Layout(model="experts", ep=4, batch=16),  # two microbatches, whose gradients the devices add up apart
+    Layout(model="experts", ep=2, copies=2, batch=16),
+    Layout(model="experts", ep=2, cp=2),
+    Layout(model="experts", ep=8, etp=1, tp=2, cp=2, comm="a2a", sp=True),  # experts over dp x cp x tp
+    Layout(model="experts", ep=2, etp=1, tp=4),  # copies of experts over dp and a part of tp
     Layout(model="experts", ep=4, zero=3),
     Layout(model="experts", ep=2, zero=2, copies=2),
     Layout(model="experts", ep=2, tp=2, sp=True, zero=3),
@@ -121,6 +126,7 @@ LAYOUTS = [
     Layout(model="latent", ep=4, zero=2),
     Layout(model="latent", cp=4, comm="all_gather"),
     Layout(model="latent", cp=2, comm="a2a", tp=2, sp=True, zero=3),
+    Layout(model="latent", cp=2, comm="a2a", pp=2, tp=2, sp=True),
     Layout(model="latent", devices=4, pp=2, ep=2),
     Layout(model="latent", pp=2, tp=2, sp=True, zero=3),
     Layout(model="latent", pp=2, tp=2, sp=True, ep=2, first=1),
@@ -129,6 +135,9 @@ RARE = [
     Layout(model="experts", ep=2, etp=2, tp=4, mbs=2),  # experts over a part of tp
     Layout(model="experts", ep=2, etp=1, pp=2, tp=2, sp=True, zero=2),  # experts over tp, copies over dp
     Layout(model="experts", ep=2, etp=4, tp=2, sp=True, zero=3),  # an expert over tp and a part of dp
+    Layout(model="experts", ep=2, etp=4, tp=2, sp=True, batch=16),
+    Layout(model="experts", ep=2, etp=4, devices=8, batch=16),  # and over dp alone
+    Layout(model="latent", cp=2, ep=2, comm="a2a", pp=2, first=1),
 ]
 """Run with the slow tests."""
 
@@ -258,7 +267,8 @@ def _train(layout: Layout, **model: Any) -> tuple[np.ndarray, dict[str, np.ndarr
 
 @functools.cache
 def _one_device(model: str, layers: int, batch: int, dropout: float = 0.0, mbs: int = 2) -> Any:
-    return _train(Layout(devices=1, model=model, layers=layers, batch=batch, mbs=mbs), hidden_dropout=dropout)
+    layout = Layout(devices=1, model=model, layers=layers, batch=batch, mbs=mbs)
+    return _train(layout, hidden_dropout=dropout, attention_dropout=dropout)
 
 
 def _assert_equal(found: Any, wanted: Any) -> None:
@@ -324,14 +334,18 @@ def test_any_layout_equals_one_device(layout):
         Layout(devices=2, pp=2, mbs=2),
         Layout(devices=4, pp=2, vpp=2, tp=2, mbs=2),
         Layout(devices=4, pp=4, layers=5, pipeline="Et|tt||ttL", mbs=2),
+        Layout(devices=4, tp=2, sp=True),
+        Layout(pp=2, cp=2, comm="a2a"),
+        Layout(devices=4, cp=2, comm="all_gather", model="untied"),
     ],
     ids=str,
 )
 def test_dropout_masks_are_those_of_one_device(layout):
-    """A microbatch draws its masks from its own key, whichever stage, and whichever chunk, it is on."""
+    """A microbatch draws its masks from its own key, whichever stage, and whichever chunk, it is on; devices that work
+    apart draw their parts of them."""
     wanted = _one_device(layout.model, layout.layers, layout.batch, dropout=0.3)
     assert abs(wanted[0][0, 0] - _one_device(layout.model, layout.layers, layout.batch)[0][0, 0]) > 1e-3
-    _assert_equal(_train(layout, hidden_dropout=0.3), wanted)
+    _assert_equal(_train(layout, hidden_dropout=0.3, attention_dropout=0.3), wanted)
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}

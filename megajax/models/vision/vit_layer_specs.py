@@ -11,6 +11,7 @@ from megajax.models.vision.vision_config import VisionConfig
 from megajax.parallel.sharding import constrain
 from megajax.spec import ModuleSpec
 from megajax.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megajax.transformer.dropout import Dropout
 from megajax.transformer.layer import TransformerLayer, TransformerLayerSubmodules
 from megajax.transformer.mlp import MLP, MLPSubmodules
 
@@ -28,7 +29,7 @@ class ScaledBiasDropoutAdd(nn.Module):
         assert cfg.layer_scale_init is not None
         init = nn.with_logical_partitioning(nn.initializers.constant(cfg.layer_scale_init), ("norm",))
         scale: Array = self.param("scale", init, (cfg.hidden_size,), jnp.dtype(cfg.params_dtype))  # type: ignore[assignment]
-        x_BSD = nn.Dropout(cfg.hidden_dropout, deterministic=deterministic)(x_BSD * scale.astype(x_BSD.dtype))
+        x_BSD = Dropout(cfg.hidden_dropout, deterministic=deterministic)(x_BSD * scale.astype(x_BSD.dtype))
         return constrain(residual_BSD + x_BSD, "batch", "residual_seq", "act_embed")
 
 

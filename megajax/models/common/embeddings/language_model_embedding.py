@@ -9,6 +9,7 @@ from flax import linen as nn
 from megajax.config import ConfigError, TransformerConfig
 from megajax.parallel.sharding import constrain
 from megajax.parallel.vocab import embedding, rows_here, vocab_parallel_embedding
+from megajax.transformer.dropout import Dropout
 from megajax.transformer.linear import normal_init
 
 Array = jax.Array
@@ -56,7 +57,7 @@ class LanguageModelEmbedding(nn.Module):
             self.position_embeddings = Embedding(cfg.max_sequence_length, hidden, "positions", std, dtype)
         if self.num_tokentypes:
             self.tokentype_embeddings = Embedding(self.num_tokentypes, hidden, "positions", std, dtype)
-        self.dropout = nn.Dropout(cfg.hidden_dropout)
+        self.dropout = Dropout(cfg.hidden_dropout)
 
     def __call__(
         self, tokens: Array, position_ids: Array, *, tokentype_ids: Array | None = None, deterministic: bool = True
