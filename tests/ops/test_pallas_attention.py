@@ -14,7 +14,7 @@ from jax.extend.random import threefry_2x32
 from megajax.ops.attention import AttentionMask, DropoutRecord, dot_product_attention
 from megajax.ops.block_reach import pairs_of, reach, segment_ids, visible_blocks
 from megajax.ops.flash_attention import FlashKernel, flash_attention
-from megajax.ops.flash_kernels import _threefry2x32, _times
+from megajax.ops.threefry import threefry2x32, times
 
 B, S, N, G, K = 2, 72, 4, 2, 16
 RNG = np.random.default_rng(0)
@@ -131,11 +131,11 @@ def test_what_is_dropped_far_into_a_large_array_is_what_jax_drops() -> None:
     """Where an element's index no longer fits into 32 bits."""
     key, T, rows = jax.random.key(5), 2**20 + 3, np.array([0, 1, 4095, 4096, 10**6, 2**31 - 1, 2**31, 2**32 - 1])
     words = jax.lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
-    high, low = _times(jnp.asarray(rows.astype(np.uint32).view(np.int32)), T)
+    high, low = times(jnp.asarray(rows.astype(np.uint32).view(np.int32)), T)
     products = rows.astype(object) * T
     assert [int(x) for x in np.asarray(high).view(np.uint32)] == [x >> 32 for x in products]
     assert [int(x) for x in np.asarray(low).view(np.uint32)] == [x % 2**32 for x in products]
-    got = np.stack(_threefry2x32(words[0], words[1], high, low)).view(np.uint32)
+    got = np.stack(threefry2x32(words[0], words[1], high, low)).view(np.uint32)
     counters = jnp.concatenate([high, low]).view(jnp.uint32)
     np.testing.assert_array_equal(got.reshape(-1), threefry_2x32(jax.random.key_data(key), counters))
 
