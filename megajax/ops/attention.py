@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from megajax.ops.threefry import bits_of_rows, threshold
+from megajax.ops.threefry import bits_of_rows, threshold, words_of
 
 Array = jax.Array
 
@@ -188,7 +188,7 @@ class DropoutRecord:
         """What it says of so many samples, heads and queries from the first row on: bool [B, N, S, T]."""
         sample, head, query, key = jnp.ix_(*(jnp.arange(size, dtype=jnp.int32) for size in (B, N, S, self.T)))
         row = self.first_row + (sample * self.heads + head) * self.S + query
-        return bits_of_rows(self.key_data, row, self.T, key) < threshold(1.0 - self.rate)
+        return bits_of_rows(words_of(self.key_data), row, self.T, key) < threshold(1.0 - self.rate)
 
 
 def attention_dropout_kept(key: Array, rate: float, shape: tuple[int, int, int, int]) -> Array:

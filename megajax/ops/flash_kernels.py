@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from megajax.ops.threefry import is_less, threefry2x32, times
+from megajax.ops.threefry import bits_of_rows
 
 Array = jax.Array
 Ref = Any
@@ -271,15 +271,9 @@ def _dropped(
         return x_OP
     threshold, scale, heads, S, T = problem.dropout  # words of 32 bits are int32, as in `megajax.ops.threefry`
     row = inputs.dropout[2] + (sample * heads + head) * S + queries.index
-    high, low = times(row, T)
-    if keys_stay:
-        high, low, key = high[None, :], low[None, :], keys.index[:, None]
-    else:
-        high, low, key = high[:, None], low[:, None], keys.index[None, :]
-    carry = is_less(low + key, low).astype(jnp.int32)
-    first, second = threefry2x32(inputs.dropout[0], inputs.dropout[1], high + carry, low + key)
-    kept_OP = jax.lax.shift_right_logical(first ^ second, 9) < threshold
-    return jnp.where(kept_OP, x_OP * scale, 0.0)
+    row, key = (row[None, :], keys.index[:, None]) if keys_stay else (row[:, None], keys.index[None, :])
+    bits_OP = bits_of_rows((inputs.dropout[0], inputs.dropout[1]), row, T, key)
+    return jnp.where(bits_OP < threshold, x_OP * scale, 0.0)
 
 
 def _product(a: Pieces, b: Pieces) -> Array:

@@ -256,7 +256,6 @@ def _outer(x_RD: Array, dy_RF: Array, sizes: Array, block: int) -> Array:
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
-# For each block an expert's kernel is read anew, and of 128 rows a GPU reads it for longer than it computes.
 def loop_rows_times(x_RK: Array, w_ENK: Array, sizes: Array, block: int, dtype: Any) -> Array:
     """The loop's product of rows with kernels that are transposed: see `megajax.ops.grouped_fp8.Fp8Parts`."""
     return _rows_times(x_RK.astype(dtype), w_ENK.astype(dtype).swapaxes(1, 2), sizes, block)
@@ -267,6 +266,7 @@ def loop_outer(x_DR: Array, dy_FR: Array, sizes: Array, block: int) -> Array:
     return _outer(x_DR.T.astype(jnp.float32), dy_FR.T.astype(jnp.float32), sizes, block)
 
 
+# For each block an expert's kernel is read anew, and of 128 rows a GPU reads it for longer than it computes.
 LOOP = GroupedKernel(_grouped_matmul, most_rows=512)  # pyright: ignore[reportArgumentType]
 """Plain XLA on any device: over the blocks that hold rows, whose number is known at run time only. XLA's own
 `ragged_dot` computes every row for every expert, on CPU and on GPU."""

@@ -29,7 +29,7 @@ from megajax.ops.flash_kernels import (
     attention_backward_q,
     attention_forward,
 )
-from megajax.ops.threefry import threshold
+from megajax.ops.threefry import threshold, words_of
 
 Array = jax.Array
 
@@ -349,7 +349,7 @@ def _words(dropout: DropoutRecord | None) -> Array | None:
     if dropout is None:
         return None
     row = jnp.asarray(dropout.first_row).astype(jnp.int32)
-    return jnp.append(jax.lax.bitcast_convert_type(dropout.key_data, jnp.int32), row)
+    return jnp.append(words_of(dropout.key_data), row)
 
 
 _WORDS = pl.BlockSpec((3,), lambda *_: (0,))

@@ -21,9 +21,13 @@ def is_default() -> bool:
     return options["jax_default_prng_impl"] == "threefry2x32" and options["jax_threefry_partitionable"]
 
 
-def bits_of_rows(key_data: Array, row: Any, width: int, column: Any) -> Array:
-    """23 random bits for elements (row, column) of an array [rows, width]; all int32 but the key, uint32 [2]."""
-    words = jax.lax.bitcast_convert_type(key_data, jnp.int32)
+def words_of(key_data: Array) -> Array:
+    """The two words of a key, int32 [2], from its data, uint32 [2]."""
+    return jax.lax.bitcast_convert_type(key_data, jnp.int32)
+
+
+def bits_of_rows(words: Any, row: Any, width: int, column: Any) -> Array:
+    """23 random bits for elements (row, column) of an array [rows, width]; all int32. words: those of the key."""
     high, low = times(row, width)
     carry = is_less(low + column, low).astype(jnp.int32)
     first, second = threefry2x32(words[0], words[1], high + carry, low + column)

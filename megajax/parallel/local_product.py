@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
-from megajax.parallel.replicas import names_of
+from megajax.parallel.replicas import manual_part, names_of
 from megajax.parallel.sharding import spec_of
 
 Array = jax.Array
@@ -29,7 +27,7 @@ def local_product(product: Callable[[Array, Array], Array], a: Array, b: Array, 
     if mesh.empty or not rules:
         return product(a, b)
     free = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
-    *inputs, output = (_of(spec_of(dims, rules), free) for dims in axes)
+    *inputs, output = (manual_part(spec_of(dims, rules), free) for dims in axes)
     divided = [name for spec in inputs for entry in spec for name in names_of(entry)]
     kept = [name for entry in output for name in names_of(entry)]
     summed = tuple(name for name in free if name in divided and name not in kept and mesh.shape[name] > 1)
@@ -40,12 +38,3 @@ def local_product(product: Callable[[Array, Array], Array], a: Array, b: Array, 
 
     apart = jax.shard_map(region, in_specs=tuple(inputs), out_specs=output, axis_names=set(free), check_vma=False)
     return apart(a, b)
-
-
-def _of(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    """What a spec says of these mesh axes."""
-
-    def entry(names: Any) -> Any:
-        return tuple(name for name in names_of(names) if name in axes) or None
-
-    return PartitionSpec(*map(entry, spec))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from megajax.ops.threefry import bits_of_rows, threshold
+from megajax.ops.threefry import bits_of_rows, threshold, words_of
 from megajax.parallel.replicas import axes_apart, parts_apart
 
 Array = jax.Array
@@ -36,7 +36,7 @@ def _bits(key: Array, shape: tuple[int, ...], axes: Sequence[str | None]) -> Arr
     sizes = [size * (parts_apart(axis) if axis else 1) for size, axis in zip(shape, axes, strict=True)]
     for size, place in zip(sizes[:-1], places[:-1], strict=True):
         row = row * size + place
-    return bits_of_rows(jax.random.key_data(key), row, sizes[-1], places[-1])
+    return bits_of_rows(words_of(jax.random.key_data(key)), row, sizes[-1], places[-1])
 
 
 def _places(size: int, axis: str | None) -> Array:

@@ -7,12 +7,11 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import jax
-
 from megajax.config import Config
 from megajax.inference.ahead import CompiledInference, Phase, compile_inference
 from megajax.models.family import Family
 from megajax.parallel.aot import absent_gpus, target_of
+from megajax.parallel.gradient_sums import number_of_parameters
 from megajax.parallel.mesh import data_parallel_size, describe
 from megajax.parallel.roofline import estimate
 from megajax.planning.memory import USABLE, Holder, largest_of
@@ -160,7 +159,7 @@ def inference_report_of(compiled: CompiledInference, target: str) -> InferenceRe
         devices=mesh.size,
         mesh=describe(mesh),
         params_dtype=config.model.params_dtype,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(program.params)),
+        parameters=number_of_parameters(program.params),
         requests=program.requests,
         length=program.length,
         tokens=tokens,

@@ -232,7 +232,7 @@ def _map_with_names(function: Callable[[tuple[str, ...], Axes], Any], logical_ax
 def global_norm(tree: Any) -> jax.Array:
     """The 2-norm of all leaves as one vector, accumulated in float32; what is no gradient is left out."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for path, leaf in leaves if not _is_none(path)]
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for path, leaf in leaves if not _is_no_gradient(path)]
     return jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 
@@ -249,11 +249,11 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
         return grads, norm
     coefficient = jnp.minimum(max_norm / (norm + 1e-6), 1.0)
     clipped = jax.tree_util.tree_map_with_path(
-        lambda path, g: g if _is_none(path) else (g * coefficient).astype(g.dtype), grads
+        lambda path, g: g if _is_no_gradient(path) else (g * coefficient).astype(g.dtype), grads
     )
     return clipped, norm
 
 
-def _is_none(path: Any) -> bool:
+def _is_no_gradient(path: Any) -> bool:
     """Whether a "gradient" counts tokens, or is the magnitude of something."""
     return is_fp8_meta(path) or (bool(path) and path[-1] == jax.tree_util.DictKey(EXPERT_BIAS))

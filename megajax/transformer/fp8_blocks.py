@@ -35,11 +35,11 @@ def in_blocks(x_MK: Array, dtype: Any) -> Blocks:
     """x rounded: each block by the smallest power of two with which none of its numbers exceeds the type's largest."""
     M, K = x_MK.shape
     x = x_MK.astype(jnp.float32).reshape(M, K // BLOCK, BLOCK)
-    fraction, exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1) / float(jnp.finfo(dtype).max))
+    most = float(jnp.finfo(dtype).max)
+    fraction, exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1) / most)
     exponent = jnp.where(fraction == 0.5, exponent - 1, exponent)  # a power of two itself
     exponent = jnp.clip(jnp.where(fraction == 0, 0, exponent), -126, 127)
     scales = jnp.ldexp(jnp.ones(exponent.shape, jnp.float32), exponent)  # exp2 is not exact everywhere
-    most = float(jnp.finfo(dtype).max)
     values = jnp.clip(x / scales[..., None], -most, most).astype(dtype)
     return Blocks(values.reshape(M, K), scales)
 
@@ -96,14 +96,12 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _whole_blocks(x: Array, axis: int, name: str) -> Array:
-    size = x.shape[axis]
+def _check_width(size: int, name: str) -> None:
     if size % BLOCK:
         raise ConfigError(
             f"fp8_recipe='mxfp8' needs widths of linear layers, on a device, that are multiples of {BLOCK}, and the"
             f" {name} of one is {size}; change hidden_size, ffn_hidden_size or tensor_model_parallel_size"
         )
-    return x
 
 
 def _entering(x: Array, axis: str) -> Array:
@@ -113,7 +111,7 @@ def _entering(x: Array, axis: str) -> Array:
 
 def _forward(formats: Formats, axes: tuple[str, str], x: Array, kernel_IO: Array) -> tuple[Array, tuple[Array, Array]]:
     def product(x: Array, kernel: Array) -> Array:
-        _whole_blocks(kernel, 0, "input")
+        _check_width(kernel.shape[0], "input")
         y = block_product(in_blocks(_rows(x), formats.forward), in_blocks(kernel.T, formats.forward), x.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -128,7 +126,7 @@ def _backward(formats: Formats, axes: tuple[str, str], kept: tuple[Array, Array]
     dy = _entering(dy, axes[1])
 
     def of_input(dy: Array, kernel: Array) -> Array:
-        _whole_blocks(kernel, 1, "output")
+        _check_width(kernel.shape[1], "output")
         dx = block_product(in_blocks(_rows(dy), formats.backward), in_blocks(kernel, formats.forward), x.dtype)
         return dx.reshape(*dy.shape[:-1], -1)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megajax.ops.attention import DropoutRecord, attention_dropout_kept
-from megajax.ops.threefry import bits_of_rows, is_default, threshold, times
+from megajax.ops.threefry import bits_of_rows, is_default, threshold, times, words_of
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1 / 3])
@@ -15,7 +15,8 @@ def test_rows_are_those_of_bernoulli(rate):
     assert is_default()
     key = jax.random.key(7)
     want = jax.random.bernoulli(key, 1 - rate, (6, 10))
-    bits = bits_of_rows(jax.random.key_data(key), jnp.arange(2, 5, dtype=jnp.int32)[:, None], 10, jnp.arange(10))
+    words = words_of(jax.random.key_data(key))
+    bits = bits_of_rows(words, jnp.arange(2, 5, dtype=jnp.int32)[:, None], 10, jnp.arange(10))
     np.testing.assert_array_equal(bits < threshold(1 - rate), want[2:5])
 
 

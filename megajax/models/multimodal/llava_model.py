@@ -377,8 +377,8 @@ def _placed_mask(attention_mask: Array, slots: Merge) -> Array:
     """The mask of tokens, [B, T], or of slots, broadcastable to [B, 1, S, S], as the language model reads it."""
     if attention_mask.ndim == 2:
         return _in_order(jnp.take_along_axis(attention_mask, slots.token, axis=1))
+    order = sequence_order(slots.token.shape[1])
     for dim in (2, 3):
-        order = sequence_order(slots.token.shape[1])
         if order is not None and attention_mask.shape[dim] > 1:
             attention_mask = jnp.take(attention_mask, order, axis=dim)
     return attention_mask
