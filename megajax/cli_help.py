@@ -9,7 +9,7 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megajax import cli_flags
@@ -44,6 +44,18 @@ def _documentation(owner: type) -> tuple[dict[str, str], dict[str, str]]:
             else:
                 name = None
     return docs, sections
+
+
+def _in_reading_order(flags: Iterable[cli_flags.Flag]) -> list[cli_flags.Flag]:
+    """Group by group; in each, what a class says itself before what the classes say that it is made of."""
+
+    def place(flag: cli_flags.Flag) -> tuple[int, int]:
+        said_by = (flag.name in inspect.get_annotations(cls) for cls in flag.owner.__mro__)
+        return groups.index(flag.group), [*said_by].index(True)
+
+    flags = list(flags)
+    groups = list(dict.fromkeys(flag.group for flag in flags))
+    return sorted(flags, key=place)
 
 
 def _flag_line(flag: cli_flags.Flag, default: Any, doc: str) -> tuple[str, str]:
@@ -94,7 +106,7 @@ def help_text(prog: str, families: Mapping[str, tuple[str, ...]], config: Config
         out += _lines(name + metavars.get(name, ""), text + extra, width)
     docs_of = {owner: _documentation(owner) for owner in cli_flags.group_types(type(config.model)).values()}
     heading = ""
-    for flag in cli_flags.flags_of(type(config.model)).values():
+    for flag in _in_reading_order(cli_flags.flags_of(type(config.model)).values()):
         docs, sections = docs_of[flag.owner]
         title = f"{flag.group}: {sections[flag.name].lower()}" if sections.get(flag.name) else flag.group
         if title != heading:

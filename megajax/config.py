@@ -24,6 +24,8 @@ from megajax.config_kernels import Fp8LayersConfig, KernelConfig
 from megajax.config_moe import LatentAttentionConfig, MoEConfig
 from megajax.config_optimizer import OptimizerConfig
 from megajax.config_parallel import ParallelConfig
+from megajax.config_positions import PositionConfig, PositionEmbedding, RopeScaling
+from megajax.config_run import CheckpointConfig, DataConfig, TrainConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -37,6 +39,8 @@ __all__ = [
     "MoEConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PositionEmbedding",
+    "RopeScaling",
     "TrainConfig",
     "TransformerConfig",
     "heterogeneous_layers_from_json",
@@ -44,13 +48,11 @@ __all__ = [
     "to_tuple",
 ]
 
-PositionEmbedding = Literal["learned_absolute", "rope", "yarn", "mrope", "none"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "squared_relu", "quick_gelu"]
-RopeScaling = Literal["none", "llama3", "dynamic", "longrope"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
+class TransformerConfig(MoEConfig, LatentAttentionConfig, PositionConfig, Fp8LayersConfig):
     """Architecture of a transformer stack and of the language model around it.
 
     Names and meaning follow Megatron-Core's `TransformerConfig` (`megatron/core/transformer/transformer_config.py`)
@@ -72,41 +74,12 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     """Size of one attention head."""
     ffn_hidden_size: int | None = None
 
-    # Vocabulary and positions
+    # Vocabulary
     vocab_size: int | None = None
     make_vocab_size_divisible_by: int = 1
     """Pads the tables to a multiple of this; padded ids get no probability."""
     max_sequence_length: int | None = None
     share_embeddings_and_output_weights: bool = True
-    position_embedding_type: PositionEmbedding = "learned_absolute"
-    rotary_base: float = 10000.0
-    rotary_percent: float = 1.0
-    rotary_interleaved: bool = False
-    seq_len_interpolation_factor: float | None = None
-    """Linear position interpolation: positions are divided by this."""
-    rope_scaling_type: RopeScaling = "none"
-    rope_scaling_factor: float = 8.0
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_max_position_embeddings: int = 8192
-    """The length the model was first trained at (llama3, dynamic, longrope)."""
-    rope_short_factor: tuple[float, ...] | None = None
-    rope_long_factor: tuple[float, ...] | None = None
-    rope_attention_factor: float | None = None
-    """Multiplies cos and sin (longrope and yarn); None takes the method's own rule."""
-    yarn_rotary_scaling_factor: float = 1.0
-    yarn_original_max_position_embeddings: int = 4096
-    yarn_beta_fast: float = 32.0
-    yarn_beta_slow: float = 1.0
-    yarn_mscale: float | None = 1.0
-    yarn_mscale_all_dim: float | None = 0.0
-    yarn_correction_range_round_to_int: bool = True
-    mrope_section: tuple[int, ...] | None = None
-    """Pairs of features that turn with each kind of position, time, height and width, one after the other; their sum is
-    half of the rotated features (`position_embedding_type` mrope)."""
-    no_rope_freq: int | tuple[int, ...] | None = None
-    """int N: every N-th layer has no rotary embedding; or a 0/1 list, 1 = none."""
-
     embedding_multiplier: float = 1.0
     """What embedded words are multiplied by; Gemma: sqrt(hidden_size)."""
 
@@ -193,7 +166,7 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
         self._validate_attention()
         self._validate_latent_attention()
         self._validate_moe(self.num_layers)
-        self._validate_positions()
+        self._validate_positions(self.rotary_dim)
         self._validate_rest()
 
     def _derive(self, name: str, value: Any) -> None:
@@ -235,46 +208,6 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
             )
         if name == "no_rope_freq" and isinstance(value, int):
             require_divides("num_layers", self.num_layers, "no_rope_freq", value)
-
-    def _validate_positions(self) -> None:
-        require(0 < self.rotary_percent <= 1, f"rotary_percent={self.rotary_percent} must be above 0 and at most 1")
-        if self.position_embedding_type in ("rope", "yarn", "mrope"):
-            require(
-                self.rotary_dim % 2 == 0,
-                f"rotary_percent={self.rotary_percent} rotates {self.rotary_dim} of kv_channels={self.kv_channels}"
-                " features; the number must be even",
-            )
-        require(
-            self.position_embedding_type not in ("yarn", "mrope") or not self.rotary_interleaved,
-            f"rotary_interleaved=True is not defined for position_embedding_type={self.position_embedding_type!r}; use"
-            " 'rope'",
-        )
-        self._validate_sections()
-        if self.rope_scaling_type == "longrope":
-            for name in ("rope_short_factor", "rope_long_factor"):
-                factors = getattr(self, name)
-                require(
-                    factors is not None and len(factors) == self.rotary_dim // 2,
-                    f"{name} needs {self.rotary_dim // 2} numbers (half the rotated features) with longrope",
-                )
-
-    def _validate_sections(self) -> None:
-        multimodal, section = self.position_embedding_type == "mrope", self.mrope_section
-        require(
-            multimodal == (section is not None),
-            f"mrope_section={section} and position_embedding_type={self.position_embedding_type!r}: 'mrope' and its"
-            " sections go together",
-        )
-        if section is not None:
-            require(
-                min(section, default=0) > 0 and 2 * sum(section) == self.rotary_dim,
-                f"mrope_section={section} must be sizes whose sum is half of the {self.rotary_dim} rotated features",
-            )
-        for name in ("multi_latent_attention", "mtp_num_layers"):
-            require(
-                not (multimodal and getattr(self, name)),
-                f"{name}={getattr(self, name)} is not possible with position_embedding_type='mrope'; drop one",
-            )
 
     def _validate_rest(self) -> None:
         require(not (self.bf16 and self.fp16), "bf16=True excludes fp16=True; set one of them")
@@ -380,107 +313,6 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, Fp8LayersConfig):
     def draws_noise(self) -> bool:
         """Whether training depends on random numbers beside the first weights."""
         return max(self.hidden_dropout, self.attention_dropout, self.moe_input_jitter_eps or 0.0) > 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to train on, and how it is tokenized, split and loaded."""
-
-    data: tuple[str, ...] = ()
-    """FILE.txt, FILE.jsonl or PREFIX(.bin/.idx); several make a blend, each may follow its weight. Nothing given:
-    the English documentation that ships inside Python."""
-    json_key: str = "text"
-    split: str = "969,30,1"
-    """Relative sizes of train, validation and test."""
-    tokenizer: str = "byte"
-    """`byte`, `null:VOCAB` (numbers as text), or the path of a `tokenizer.json`, a sentencepiece `.model` or a tiktoken
-    file."""
-    seq_length: int = 256
-    reset_position_ids: bool = False
-    reset_attention_mask: bool = False
-    """Documents packed into one sample do not see each other."""
-    eod_mask_loss: bool = False
-    data_cache_path: str | None = None
-    num_workers: int = 0
-    """Processes that read ahead; 0 reads in a thread."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "seq_length")
-        require(self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative")
-        parse_split(self.split)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Where and when the training state is saved, and what is read at the start."""
-
-    save: str | None = None
-    """Folder of the checkpoints; None is `<run_dir>/checkpoints`."""
-    load: str | None = None
-    """Folder to start from when `save` holds nothing yet; None starts fresh."""
-    save_interval: int | None = None
-    """Steps between checkpoints; None saves at the end only."""
-    save_retain: int = 2
-    """Keep this many of the newest checkpoints."""
-    async_save: bool = True
-    finetune: bool = False
-    """Take only the weights from `load`: step, optimizer and data start anew."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "save_interval", "save_retain")
-        require(not self.finetune or self.load is not None, "finetune=True needs load=FOLDER with the weights")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The run: how long, how much at a time, what is reported, when it stops."""
-
-    train_iters: int = 500
-    train_samples: int | None = None
-    """Train for this many samples instead of `train_iters` steps."""
-    micro_batch_size: int = 8
-    """Samples that one data-parallel shard processes at once."""
-    global_batch_size: int | None = None
-    """Samples a step; None is micro_batch_size times the data-parallel size. More than that accumulates gradients."""
-    rampup_batch_size: tuple[int, int, int] | None = None
-    """(start, increment, samples): the global batch grows from start to global_batch_size over these samples."""
-    calculate_per_token_loss: bool = True
-    """True weights every token alike. False is Megatron's default: the mean over microbatches of their means."""
-    seed: int = 1234
-    run_dir: str | None = None
-    """Folder for everything the run writes; None is `runs/<model>`."""
-    log_interval: int = 10
-    eval_interval: int = 100
-    eval_iters: int = 10
-    exit_interval: int | None = None
-    exit_duration_in_mins: float | None = None
-    max_skipped_steps: int = 10
-    """Stop after this many skipped updates in a row (NaN, infinity, or a spike)."""
-    spike_factor: float = 0.0
-    """Skip an update whose gradient norm exceeds this many times its running mean; 0 is off."""
-    tensorboard_dir: str | None = None
-    wandb_project: str | None = None
-    profile_step_start: int | None = None
-    profile_step_end: int | None = None
-    sample_prompt: str = "The "
-    sample_tokens: int = 160
-    """Tokens of the text printed at the end; 0 prints none."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "train_iters", "train_samples", "micro_batch_size", "global_batch_size", "log_interval")
-        require_positive(self, "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins")
-        require_positive(self, "max_skipped_steps")
-        require(self.sample_tokens >= 0, f"sample_tokens={self.sample_tokens} must not be negative")
-        require(
-            self.spike_factor == 0 or self.spike_factor > 1,
-            f"spike_factor={self.spike_factor} must be 0 (off) or above 1",
-        )
-        if self.rampup_batch_size is not None:
-            start, increment, samples = self.rampup_batch_size
-            require(
-                start > 0 and increment > 0 and samples >= 0,
-                f"rampup_batch_size={self.rampup_batch_size} must be start > 0, increment > 0, samples >= 0",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

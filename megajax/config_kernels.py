@@ -35,6 +35,7 @@ _AS_OTHERS = {"first_last_layers_bf16": False, "num_layers_at_start_in_bf16": 1,
 class Fp8LayersConfig:
     """Which layers of a model do not compute in fp8 where the others do."""
 
+    # Layers without fp8
     first_last_layers_bf16: bool = False
     """The first and the last layers compute as they do without fp8."""
     num_layers_at_start_in_bf16: int = 1

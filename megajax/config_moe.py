@@ -15,6 +15,7 @@ LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn
 class MoEConfig:
     """Mixture of experts; Megatron's names (`transformer_config.py`). Without `num_moe_experts` the model is dense."""
 
+    # Experts
     num_moe_experts: int | None = None
     moe_layer_freq: int | tuple[int, ...] = 1
     """int N: layers 0, N, 2N, ... have experts; or a list of zeros and ones, 1 = experts."""
@@ -160,6 +161,7 @@ class LatentAttentionConfig:
     the `yarn_*` options in place of Megatron's `rotary_scaling_factor`, `mscale` and so on.
     """
 
+    # Latent attention
     multi_latent_attention: bool = False
     q_lora_rank: int | None = None
     """Width of the queries' latent; None projects them directly."""

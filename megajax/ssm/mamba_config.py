@@ -85,9 +85,9 @@ class MambaConfig(TransformerConfig):
     mamba_dt_clamp_max: float | None = None
     """Least and greatest step size."""
 
-    # Layers S (arXiv:2411.15242); the sizes of attention and MLP are those of the shared blocks
+    # Shared blocks
     num_shared_blocks: int = 1
-    """Blocks that the layers S take in turn."""
+    """Blocks that the layers S take in turn (arXiv:2411.15242); attention and MLP have their sizes from them."""
     shared_adapter_rank: int | None = None
     """Width of the adapters that each layer S has of its own."""
     shared_attention_adapter: bool = False
