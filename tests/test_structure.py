@@ -29,6 +29,8 @@ FLOORS = {
     "config_moe": 0,
     "config_optimizer": 0,
     "config_parallel": 0,
+    "config_positions": 0,
+    "config_run": 0,
     "cli": 0,
     "cli_flags": 0,
     "cli_help": 0,
