@@ -25,7 +25,7 @@ from typing import Any, NoReturn, Protocol
 
 import tyro
 
-from megajax import __version__, cli_flags, cli_help
+from megajax import __version__, cli_effects, cli_flags, cli_help
 from megajax.cli_flags import Flag, describe, meant, spell
 from megajax.cli_json import read_json, values_from_json
 from megajax.config import Config, ConfigError, TransformerConfig, heterogeneous_layers_from_json
@@ -396,6 +396,5 @@ def _as_flags(message: str, flags: Mapping[str, Flag]) -> str:
 def _refuse_no_effect(given: Sequence[_Given], config: Config, flags: Mapping[str, Flag]) -> None:
     for g in given:
         names = {name for name, value in g.changes.items() if not flags[name].is_off(value)} | {g.flag}
-        for row in cli_flags.NO_EFFECT:
-            if not names.isdisjoint(row.names) and not row.works(config):
-                raise ConfigError(f"{g} has no effect: {row.fix}")
+        if fix := cli_effects.what_is_missing(names, config):
+            raise ConfigError(f"{g} has no effect: {fix}")

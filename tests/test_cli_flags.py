@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from megajax import cli, cli_flags
+from megajax import cli, cli_effects, cli_flags
 from megajax.config import (
     CheckpointConfig,
     Config,
@@ -77,7 +77,7 @@ def test_tables_name_fields_that_exist() -> None:
     named = {*cli_flags.ALIASES.values(), *cli_flags.RECORD_FILES.values()}
     named |= {name for one, others in cli_flags.REPLACES.items() for name in (one, *others)}
     named |= {field for changes in cli_flags.SWITCHES.values() for field in changes}
-    named |= {name for row in cli_flags.NO_EFFECT for name in row.names if not name.startswith("--")}
+    named |= {name for row in cli_effects.NO_EFFECT for name in row.names if not name.startswith("--")}
     assert named - flags.keys() == set()
 
 

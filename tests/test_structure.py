@@ -32,6 +32,7 @@ FLOORS = {
     "config_positions": 0,
     "config_run": 0,
     "cli": 0,
+    "cli_effects": 0,
     "cli_flags": 0,
     "cli_help": 0,
     "cli_json": 0,
