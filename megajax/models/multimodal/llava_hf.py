@@ -17,7 +17,8 @@ from megajax.models.gpt.llama_hf import LLAMA_LIKE
 from megajax.models.multimodal.llava_config import LLaVAConfig, tower_arguments
 from megajax.models.multimodal.llava_model import LLaVAModel
 from megajax.models.vision.clip_config import CLIPConfig
-from megajax.models.vision.clip_hf import CLIP_TOWER, SIGLIP_TOWER, below, lifted, linear_rows, part_of, tower_plan
+from megajax.models.vision.clip_fields_hf import part_of
+from megajax.models.vision.clip_hf import CLIP_TOWER, SIGLIP_TOWER, below, lifted, linear_rows, tower_plan
 
 _TOWERS: Mapping[str, tuple[str, Architecture]] = {
     "clip_vision_model": ("clip", CLIP_TOWER),

@@ -9,19 +9,8 @@ from megajax.config import ConfigError
 from megajax.interop.hf_architecture import Tensor, rows_plan
 from megajax.interop.hf_fields import Fields
 from megajax.models.vision.clip_config import CLIPConfig
-from megajax.models.vision.clip_hf import (
-    TEXT_DEFAULTS,
-    Shapes,
-    below,
-    lifted,
-    linear_rows,
-    read_pooling,
-    read_text,
-    text_plan,
-    vision_architecture,
-    write_text,
-    written_eos,
-)
+from megajax.models.vision.clip_fields_hf import TEXT_DEFAULTS, read_pooling, read_text, write_text, written_eos
+from megajax.models.vision.clip_hf import Shapes, below, lifted, linear_rows, text_plan, vision_architecture
 from megajax.models.vision.clip_model import CLIPTextModelWithProjection, CLIPTextTransformer, text_layer_specs
 
 

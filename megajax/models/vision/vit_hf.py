@@ -10,8 +10,8 @@ from megajax.config import ConfigError
 from megajax.interop.hf_architecture import Row, Tensor, layer_plan, rows_plan
 from megajax.interop.hf_fields import Fields, positive_integer
 from megajax.models.vision.clip_config import CLIPConfig
+from megajax.models.vision.clip_fields_hf import CLIP_TOWER_DEFAULTS, read_tower, write_tower
 from megajax.models.vision.clip_hf import (
-    CLIP_TOWER_DEFAULTS,
     Shapes,
     below,
     layer_rows,
@@ -19,10 +19,8 @@ from megajax.models.vision.clip_hf import (
     linear_rows,
     norm_rows,
     patch_kernel,
-    read_tower,
     reshaped,
     vision_architecture,
-    write_tower,
 )
 from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
 from megajax.models.vision.image_classifier import ImageClassifier
