@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ _set_environment()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -147,3 +148,19 @@ def program_env() -> dict[str, str]:
     ours = {f"{flag}={value}" for flag, value in XLA_FLAGS.items()}
     kept = [flag for flag in os.environ["XLA_FLAGS"].split() if flag not in ours]
     return {**os.environ, "XLA_FLAGS": " ".join(kept)}
+
+
+@pytest.fixture
+def ptx_of(tmp_path: Path) -> Iterator[Callable[[Any], tuple[Any, str]]]:
+    """Compiles what was lowered for a GPU: (the executable, the assembly of all its kernels). A program of the cache
+    has none, so it is left alone."""
+
+    def compiled(lowered: Any) -> tuple[Any, str]:
+        executable = lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+        return executable, "\n".join(file.read_text() for file in sorted(tmp_path.glob("*.ptx")))
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield compiled
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

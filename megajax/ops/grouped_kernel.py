@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from megajax.ops.fp8_dot import fp8_dot
 from megajax.ops.grouped import GroupedKernel
 from megajax.ops.grouped_fp8 import Fp8Parts
 
@@ -46,12 +47,13 @@ class Tile(NamedTuple):
     inner: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, inner: int, most_columns: int = 256) -> "Tile":
-        """The largest for an array of these sizes: `rows` and `inner` divide it, of the last tile of columns at most an
-        eighth of the array is missing."""
+    def of(cls, rows: int, columns: int, inner: int, most: "Tile | None" = None) -> "Tile":
+        """The largest for an array of these sizes, but no larger than `most`, by default `LARGEST`: `rows` and `inner`
+        divide it, of the last tile of columns at most an eighth of the array is missing."""
+        most = most or LARGEST
         sizes = (256, 128, 64, 32, LEAST)
-        wide = next(size for size in sizes if size <= most_columns and -columns % size <= columns / 8)
-        return cls(min(128, rows & -rows), wide, min(64, inner & -inner))
+        wide = next(size for size in sizes if size <= most.columns and -columns % size <= columns / 8)
+        return cls(min(most.rows, rows & -rows), wide, min(most.inner, inner & -inner))
 
     @property
     def params(self) -> triton.CompilerParams:
@@ -59,39 +61,52 @@ class Tile(NamedTuple):
         return triton.CompilerParams(num_warps=8 if self.rows * self.columns >= 128 * 128 else 4, num_stages=_STAGES)
 
 
+LARGEST = Tile(128, 256, 64)
+"""Of bf16 or fp16, on a GPU for servers."""
+
+
+def largest_tile(gpu: tuple[int, int], *, fp8: bool = False) -> Tile:
+    """What a GPU of this compute capability has shared memory for, and registers: beside the sum of all terms a program
+    of fp8 numbers holds that of a tile (`fp8_dot`), and adds it once for `inner` terms."""
+    for_servers = gpu == (8, 0) or gpu[0] in (9, 10)
+    if fp8:
+        return Tile(128, 128, 128 if for_servers else 64)
+    return LARGEST if for_servers else LARGEST._replace(columns=128)
+
+
 class _Setting(NamedTuple):
-    """What does not depend on arrays. block: as in `Groups`; most_columns: of a tile."""
+    """What does not depend on arrays. block: as in `Groups`; most: the largest tile."""
 
     block: int
-    most_columns: int
+    most: Tile
     interpret: bool
 
 
 def grouped_product(
-    x_RD: Array, w_EDF: Array, sizes_E: Array, block: int, *, most_columns: int = 256, interpret: bool = False
+    x_RD: Array, w_EDF: Array, sizes_E: Array, block: int, *, most: Tile = LARGEST, interpret: bool = False
 ) -> Array:
     """Each row times the kernel of its expert: [R, F], in x's dtype; sums are in fp32. Zero behind the last group.
 
     Args:
       x_RD, w_EDF: bf16 or fp16. D, F, R and block are multiples of `LEAST`.
       sizes_E: as in `megajax.ops.grouped.Groups`; so is block.
-      most_columns: of a tile; 256, or 128 for a GPU with little shared memory (`kernel_for`).
+      most: the largest tile; a smaller one for a GPU with little shared memory (`kernel_for`).
       interpret: runs on any device and in any dtype, slowly: for tests.
     """
-    return _product(_Setting(block, most_columns, interpret), x_RD, w_EDF, sizes_E)
+    return _product(_Setting(block, most, interpret), x_RD, w_EDF, sizes_E)
 
 
 def kernel_for(gpu: tuple[int, int]) -> GroupedKernel:
     """The kernel with the tiles for a GPU of this compute capability."""
     # Its programs hold 128 rows; neighbours read an expert's kernel together, however small the blocks.
-    return GroupedKernel(functools.partial(grouped_product, most_columns=_most_columns(gpu)), most_rows=128)
+    return GroupedKernel(functools.partial(grouped_product, most=largest_tile(gpu)), most_rows=128)
 
 
 def fp8_parts_for(gpu: tuple[int, int], *, interpret: bool = False) -> Fp8Parts:
     """Products of fp8 arrays for a GPU of this compute capability."""
 
     def setting(block: int) -> _Setting:
-        return _Setting(block, _most_columns(gpu), interpret)
+        return _Setting(block, largest_tile(gpu, fp8=True), interpret)
 
     def rows_times(x_RK: Array, w_ENK: Array, sizes_E: Array, block: int, dtype: Any) -> Array:
         return _rows_times(setting(block), x_RK, w_ENK, sizes_E, transposed=True, dtype=dtype)
@@ -100,11 +115,6 @@ def fp8_parts_for(gpu: tuple[int, int], *, interpret: bool = False) -> Fp8Parts:
         return _outer(setting(block), x_DR, dy_FR, sizes_E, jnp.float32, rows_last=True)
 
     return Fp8Parts(rows_times, outer, most_rows=128)
-
-
-def _most_columns(gpu: tuple[int, int]) -> int:
-    for_servers = gpu == (8, 0) or gpu[0] in (9, 10)
-    return 256 if for_servers else 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,7 +143,7 @@ def _rows_times(
     dtype: of the result, by default x's."""
     (R, inner), (E, *widths) = x_RD.shape, w_EDF.shape
     F = widths[0 if transposed else 1]
-    tile = Tile.of(setting.block, F, inner, setting.most_columns)
+    tile = Tile.of(setting.block, F, inner, setting.most)
     ends_E = jnp.cumsum(sizes_E) // tile.rows
     expert_I = jnp.searchsorted(ends_E, jnp.arange(R // tile.rows), side="right", method="compare_all")
     call = pl.pallas_call(
@@ -156,11 +166,10 @@ def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, t
 
     def add(step: Array, y: Array) -> Array:
         terms = pl.ds(step * tile.inner, tile.inner)
+        x = x_ref[rows, terms]
         if transposed:
-            w = columns.load(w_ref.at[expert, columns.slice, terms], dim=0)
-        else:
-            w = columns.load(w_ref.at[expert, terms, columns.slice], dim=1)
-        return y + _dot(x_ref[rows, terms], w, trans_b=transposed)
+            return y + _dot(x, columns.load(w_ref.at[expert, columns.slice, terms], dim=0))
+        return y + triton.dot(x, columns.load(w_ref.at[expert, terms, columns.slice], dim=1))
 
     steps = (expert < E).astype(jnp.int32) * (inner // tile.inner)
     y = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
@@ -189,7 +198,7 @@ def _outer(
 
 
 def _outer_tile(D: int, F: int, setting: _Setting) -> Tile:
-    wide = Tile.of(setting.block, F, setting.block, setting.most_columns)
+    wide = Tile.of(setting.block, F, setting.block, setting.most)
     tall = next(rows for rows in (128, 64, 32, LEAST) if -D % rows <= D / 8)
     return wide._replace(rows=tall)
 
@@ -209,10 +218,10 @@ def _outer_kernel(
         rows = pl.ds(start + step * tile.inner, tile.inner)
         if rows_last:
             x, dy = down.load(x_ref.at[down.slice, rows], dim=0), across.load(dy_ref.at[across.slice, rows], dim=0)
-            return dw + _dot(x, dy, trans_b=True)
+            return dw + _dot(x, dy)
         x = down.load(x_ref.at[rows, down.slice], dim=1)
         dy = across.load(dy_ref.at[rows, across.slice], dim=1)
-        return dw + _dot(x, dy, trans_a=True)
+        return dw + triton.dot(x, dy, trans_a=True)
 
     steps = lax.div(size_ref[expert], tile.inner)
     dw = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
@@ -220,10 +229,9 @@ def _outer_kernel(
     triton.store(dw_ref.at[expert, down.slice, across.slice], dw.astype(dw_ref.dtype), mask=mask)
 
 
-def _dot(a: Array, b: Array, **transposed: bool) -> Array:
-    if a.dtype != b.dtype:  # two types of fp8, which fp16 has room for; Pallas hands Triton but equal ones
-        a, b = a.astype(jnp.float16), b.astype(jnp.float16)
-    return triton.dot(a, b, **transposed)
+def _dot(a: Array, b: Array) -> Array:
+    """a [M, K] times b [N, K], transposed."""
+    return fp8_dot(a, b) if a.dtype.itemsize == 1 else triton.dot(a, b, trans_b=True)
 
 
 class _Span(NamedTuple):

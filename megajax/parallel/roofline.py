@@ -319,9 +319,9 @@ class _Program:
             products and all(read.shape.startswith("f8") for product in products for read in product.reads[:2])
         ):
             return self.target.fp8 or self.target.bf16
-        # A kernel of our own multiplies in fp8 where its arrays are of one such type.
-        types = {read.shape.partition("[")[0] for read in instruction.reads} - {"s32"}
-        if told(instruction, "flops_a_row") and len(types) == 1 and types.pop().startswith("f8"):
+        # A kernel of our own reads fp8 only to multiply it as it is.
+        ours = told(instruction, "flops") or told(instruction, "flops_a_row")
+        if ours and any(read.shape.startswith("f8") for read in instruction.reads):
             return self.target.fp8 or self.target.bf16
         return self.target.bf16
 

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from megajax.ops.grouped_fp8 import LOOP_PARTS, Fp8Parts, fp8_grouped_kernel
 from megajax.ops.grouped_kernel import fp8_parts_for
-from megajax.parallel.aot import absent_gpus
+from megajax.parallel.aot import TARGETS, absent_gpus
+from megajax.parallel.roofline import estimate
 
 H100 = (9, 0)
 SIZES, BLOCK, R, D, F = (64, 0, 32, 96), 32, 224, 96, 64
@@ -77,21 +78,29 @@ def test_the_kernels_equal_the_loop(name: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
-def test_the_h100_program_multiplies_fp8() -> None:
-    """Three kernels, which read nothing but fp8 and the table of groups."""
+def test_the_h100_program_multiplies_fp8(ptx_of: Any) -> None:
+    """Three kernels, which read nothing but fp8 and the table of groups, and multiply it as it is, gradients of another
+    type, too: Hopper's own instruction says of which types its operands are."""
     mesh = Mesh(np.array(absent_gpus(1)), ("x",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, PartitionSpec())
     shapes = ((1024, 512), jnp.bfloat16), ((4, 512, 256), jnp.bfloat16), ((4,), jnp.int32), ((1024, 256), jnp.bfloat16)
 
     def step(x: Any, w: Any, sizes: Any, dy: Any) -> Any:
-        kernel = fp8_grouped_kernel(fp8_parts_for(H100), *FORMATS["e4m3"])
+        kernel = fp8_grouped_kernel(fp8_parts_for(H100), *FORMATS["hybrid"])
         y, pull = jax.vjp(lambda x, w: kernel.product(x, w, sizes, 128), x, w)
         return y, *pull(dy)
 
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
     with jax.set_mesh(mesh):
-        text = str(jax.jit(step).lower(*arguments).compile().as_text())
+        executable, ptx = ptx_of(jax.jit(step).lower(*arguments))
+    text = executable.as_text()
     calls = [line for line in text.splitlines() if re.search(r"custom_call_target=.*triton", line)]
     read = [re.search(r"operand_layout_constraints={(.*?)}, api", line) for line in calls]
     types = [re.findall(r"(\w+)\[", found[1]) for found in read if found is not None]
-    assert sorted(types) == [["s32", "f8e4m3fn", "f8e4m3fn"]] * 2 + [["s32", "s32", "f8e4m3fn", "f8e4m3fn"]]
+    forward, of_rows, of_kernels = ["f8e4m3fn", "f8e4m3fn"], ["f8e5m2", "f8e4m3fn"], ["f8e4m3fn", "f8e5m2"]
+    assert sorted(types) == sorted([["s32", *forward], ["s32", *of_rows], ["s32", "s32", *of_kernels]])
+    multiplied = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.\w+\.f32\.(\w+)\.(\w+)", ptx))
+    assert multiplied == {("e4m3", "e4m3"), ("e5m2", "e4m3"), ("e4m3", "e5m2")}
+    assert not re.search(r"mma\.sync|\.f16", ptx)
+    work = estimate(text, mesh, TARGETS["h100"], turns=8)
+    assert work.flops == 3 * 2 * 1024 * 512 * 256

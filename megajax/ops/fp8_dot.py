@@ -1,0 +1,53 @@
+"""The product of two tiles of fp8 numbers inside a Pallas kernel for Triton, on the tensor cores' own fp8 instructions.
+
+`pallas.triton.dot` does not get there: it demands sums that are exact to fp32, which Hopper's tensor cores do not make
+of fp8, so that Triton casts the tiles to fp16 and multiplies those; and it refuses tiles of two types, such as e5m2
+gradients and e4m3 weights. So this is an operation of our own. It tells Triton that the sums of one tile may be the
+tensor cores'; what a kernel adds up over tiles, it adds in fp32 (as DeepSeek-V3 does, arXiv:2412.19437, section 3.3.2).
+The rule that hands it to Triton is registered with JAX's internals, which have no public place for one.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+# M rows, N columns, K terms of each sum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.lib.triton import dialect
+from jax._src.pallas.triton import lowering
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+
+Array = jax.Array
+
+
+def fp8_dot(a_MK: Array, b_NK: Array) -> Array:
+    """a times b transposed, [M, N] in fp32, of fp8 tiles of one type or two. K is a multiple of 32."""
+    return _fp8_dot.bind(a_MK, b_NK)
+
+
+def _plainly(a_MK: Array, b_NK: Array) -> Array:
+    """What it computes, for kernels that are interpreted."""
+    return jnp.dot(a_MK.astype(jnp.float32), b_NK.astype(jnp.float32).T)
+
+
+_fp8_dot = Primitive("fp8_dot")
+_fp8_dot.def_impl(_plainly)
+
+
+@_fp8_dot.def_abstract_eval
+def _shape(a_MK: Any, b_NK: Any) -> Any:
+    return ShapedArray((a_MK.shape[0], b_NK.shape[0]), jnp.float32)
+
+
+mlir.register_lowering(_fp8_dot, mlir.lower_fun(_plainly, multiple_results=False))
+
+
+@lowering.register_lowering(_fp8_dot)
+def _to_triton(context: Any, a_MK: Any, b_NK: Any) -> Any:
+    K = context.avals_in[0].shape[1]
+    zeros = lowering._zeros(ir.RankedTensorType.get(context.avals_out[0].shape, ir.F32Type.get()))
+    # More terms than there are: Triton would else break the tile up again, and run out of registers.
+    return dialect.dot(a_MK, dialect.trans(b_NK, (1, 0)), zeros, max_num_imprecise_acc=2 * K)
