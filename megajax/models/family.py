@@ -36,6 +36,11 @@ class BuildModel(Protocol):
         ...
 
 
+def dropout_from(key: jax.Array | None) -> dict[str, Any]:
+    """Arguments of a model's `apply` that draw dropout from this key; None: that leave it out."""
+    return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
+
+
 class LossFn(Protocol):
     """The seam between a model and the trainer."""
 

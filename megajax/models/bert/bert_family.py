@@ -12,7 +12,7 @@ from megajax.models import language
 from megajax.models.bert import bert_data
 from megajax.models.bert.bert_config import BertConfig
 from megajax.models.bert.bert_presets import PRESETS
-from megajax.models.family import Family, Finished
+from megajax.models.family import Family, Finished, dropout_from
 
 if TYPE_CHECKING:
     import jax
@@ -85,8 +85,7 @@ def loss(
         weights,
         is_random=batch["is_random"],
         **_inputs(batch),
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        **dropout_from(dropout_key),
         method="loss_sum",
     )
 
@@ -99,17 +98,14 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
     """Embedding, layers and losses; see `megajax.models.family.Family.pipeline_pieces`."""
     from megajax.parallel.pipeline_pieces import Pieces
 
-    def rngs(key: jax.Array | None) -> dict[str, Any]:
-        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
-
     def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
         arguments = (batch["tokens"], batch["position_ids"], batch["tokentype_ids"])
-        return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
+        return model.apply({"params": shared}, *arguments, method="embed", **dropout_from(key))
 
     def layers(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
         del weights
         inputs = model.apply({}, batch["position_ids"], batch["attention_mask"], method="layer_inputs")
-        return model.apply({"params": params}, x, inputs, rows, method="run_layers", **rngs(key))
+        return model.apply({"params": params}, x, inputs, rows, method="run_layers", **dropout_from(key))
 
     def loss(shared: Any, x: jax.Array, batch: Batch, weights: jax.Array) -> Any:
         arguments = (x, batch["labels"], weights)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from megajax.models import language
-from megajax.models.family import Family
+from megajax.models.family import Family, dropout_from
 from megajax.models.gpt.gpt_presets import PRESETS
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def loss(
         weights,
         position_ids=batch["position_ids"],
         segment_ids=batch.get("segment_ids"),
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        **dropout_from(dropout_key),
         method="loss_sum",
     )
 
@@ -91,17 +90,14 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
     """Embedding, layers and loss; see `megajax.models.family.Family.pipeline_pieces`."""
     from megajax.parallel.pipeline_pieces import Pieces
 
-    def rngs(key: jax.Array | None) -> dict[str, Any]:
-        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
-
     def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
         arguments = (batch["tokens"], batch["position_ids"])
-        return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
+        return model.apply({"params": shared}, *arguments, method="embed", **dropout_from(key))
 
     def layers(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
         arguments = (batch["position_ids"], batch.get("segment_ids"))
         inputs = model.apply({}, *arguments, aux_weight=weights.sum(), method="layer_inputs")
-        return model.apply({"params": params}, x, inputs, rows, method="run_layers", **rngs(key))
+        return model.apply({"params": params}, x, inputs, rows, method="run_layers", **dropout_from(key))
 
     def loss(shared: Any, x: jax.Array, batch: Batch, weights: jax.Array) -> Any:
         return model.apply(

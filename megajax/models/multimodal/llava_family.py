@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from megajax.models import language
-from megajax.models.family import Family, Finished
+from megajax.models.family import Family, Finished, dropout_from
 from megajax.models.gpt.gpt_family import GPT
 from megajax.models.mamba import mamba_family
 from megajax.models.multimodal import llava_data
@@ -93,8 +93,7 @@ def loss(
         weights,
         segment_ids=batch.get("segment_ids"),
         num_image_tiles=batch.get("num_image_tiles"),
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        **dropout_from(dropout_key),
         method="loss_sum",
     )
 
@@ -116,18 +115,13 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
     """Images and embedding, the language model's layers, loss; see `megajax.models.family.Family.pipeline_pieces`."""
     from megajax.parallel.pipeline_pieces import Pieces
 
-    def rngs(key: jax.Array | None) -> dict[str, Any]:
-        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
-
     def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
-        length = batch["loss_mask"].shape[1]
-        return model.apply(
-            {"params": _frozen(model, shared)}, batch["images"], _text(batch), length, method="embed", **rngs(key)
-        )
+        arguments = (batch["images"], _text(batch), batch["loss_mask"].shape[1])
+        return model.apply({"params": _frozen(model, shared)}, *arguments, method="embed", **dropout_from(key))
 
     def layers(params: Any, rows: Any, x: jax.Array, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
         arguments = (x, rows, batch["images"], _text(batch), weights)
-        return model.apply({"params": _frozen(model, params)}, *arguments, method="run_layers", **rngs(key))
+        return model.apply({"params": _frozen(model, params)}, *arguments, method="run_layers", **dropout_from(key))
 
     def loss(shared: Any, x: jax.Array, batch: Batch, weights: jax.Array) -> Any:
         arguments = (x, batch["images"], _text(batch), batch["labels"], weights)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from megajax.models import language
-from megajax.models.family import Family, Finished
+from megajax.models.family import Family, Finished, dropout_from
 from megajax.models.retro import retro_data
 from megajax.models.retro.config import RetroConfig
 from megajax.models.retro.retro_presets import PRESETS
@@ -97,8 +97,7 @@ def loss(
         batch["labels"],
         weights,
         position_ids=batch["position_ids"],
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        **dropout_from(dropout_key),
         method="loss_sum",
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from megajax.models import language
-from megajax.models.family import Family, Finished
+from megajax.models.family import Family, Finished, dropout_from
 from megajax.models.t5 import t5_data
 from megajax.models.t5.t5_config import T5Config
 from megajax.models.t5.t5_presets import PRESETS
@@ -93,8 +93,7 @@ def loss(
         weights,
         encoder_mask=batch["encoder_mask"],
         decoder_mask=batch["decoder_mask"],
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        **dropout_from(dropout_key),
         method="loss_sum",
     )
 
@@ -103,22 +102,19 @@ def pipeline_pieces(model: nn.Module) -> Pieces:
     """Embedding, both stacks and loss; see `megajax.models.family.Family.pipeline_pieces`."""
     from megajax.parallel.pipeline_pieces import Pieces
 
-    def rngs(key: jax.Array | None) -> dict[str, Any]:
-        return {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
-
     def embed(shared: Any, batch: Batch, key: jax.Array | None) -> Any:
         arguments = (batch["encoder_input"], batch["decoder_input"])
-        return model.apply({"params": shared}, *arguments, method="embed", **rngs(key))
+        return model.apply({"params": shared}, *arguments, method="embed", **dropout_from(key))
 
     def encoder(params: Any, rows: Any, x: Any, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
         del weights
         mask = batch["encoder_mask"]
-        return model.apply({"params": params}, x, rows, encoder_mask=mask, method="run_encoder", **rngs(key))
+        return model.apply({"params": params}, x, rows, encoder_mask=mask, method="run_encoder", **dropout_from(key))
 
     def decoder(params: Any, rows: Any, x: Any, batch: Batch, weights: jax.Array, key: jax.Array | None) -> Any:
         del weights
         masks = {name: batch[name] for name in ("encoder_mask", "decoder_mask")}
-        return model.apply({"params": params}, x, rows, **masks, method="run_decoder", **rngs(key))
+        return model.apply({"params": params}, x, rows, **masks, method="run_decoder", **dropout_from(key))
 
     def loss(shared: Any, x: Any, batch: Batch, weights: jax.Array) -> Any:
         return model.apply({"params": shared}, x, batch["labels"], weights, method="loss_sum_of_stream")

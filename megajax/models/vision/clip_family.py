@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from megajax.models import language
-from megajax.models.family import Family, Finished
+from megajax.models.family import Family, Finished, dropout_from
 from megajax.models.vision import vision_data
 from megajax.models.vision.clip_config import CLIPConfig
 from megajax.models.vision.clip_presets import PRESETS
@@ -94,8 +94,7 @@ def loss(
         batch["images"],
         batch["tokens"],
         weights,
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        **dropout_from(dropout_key),
         method="loss_sum",
     )
 

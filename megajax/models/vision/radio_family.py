@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from megajax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
-from megajax.models.family import Family, Finished
+from megajax.models.family import Family, Finished, dropout_from
 from megajax.models.vision import vision_data
 from megajax.models.vision.clip_family import refuse_context_parallelism
 from megajax.models.vision.radio_config import RADIOConfig
@@ -80,8 +80,7 @@ def loss(
     logits = model.apply(
         {"params": params},
         batch["images"],
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        **dropout_from(dropout_key),
         method="classify",
     )
     config = model.config  # pyright: ignore[reportAttributeAccessIssue]
