@@ -340,7 +340,7 @@ def broadcast_from(x: Tree, stage: int) -> Tree:
     def of_leaf(leaf: Array) -> Array:
         # Bits add up exactly where all but one are zero; XLA:CPU cannot sum bf16 in a manual region, and NCCL no int16.
         half = leaf.dtype.itemsize == 2 and leaf.shape[-1] % 2 == 0
-        bits = jnp.int32 if half else {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[leaf.dtype.itemsize]
+        bits = jnp.int32 if half else {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[leaf.dtype.itemsize]
         pairs = leaf.reshape(*leaf.shape[:-1], -1, 2) if half else leaf
         mine = jnp.where(jax.lax.axis_index(PP) == stage, jax.lax.bitcast_convert_type(pairs, bits), 0)
         return jax.lax.bitcast_convert_type(jax.lax.psum(mine, PP), leaf.dtype).reshape(leaf.shape)
