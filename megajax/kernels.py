@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from megajax.config import ConfigError
-from megajax.config_kernels import GroupedGemmBackend, KernelConfig
+from megajax.config_kernels import Fp8Recipe, GroupedGemmBackend, KernelConfig
 
 Capability = tuple[int, int]
 """CUDA's compute capability: (9, 0) is Hopper."""
@@ -69,13 +69,13 @@ class ExpertsUse:
       dtype: of their input.
       padded: all have the same number of rows, so that their products are one batched product.
       aligned: the widths of their linear maps, on a device, are multiples of 16, or of 32 in fp8.
-      fp8: their products are wanted in fp8.
+      fp8: the recipe by which their products are wanted in fp8; None: they are not.
     """
 
     dtype: str
     padded: bool = False
     aligned: bool = True
-    fp8: bool = False
+    fp8: Fp8Recipe | None = None
 
 
 class Rule(NamedTuple):
@@ -167,6 +167,9 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "blocks": "a loop of products",
         "grouped-fp8": "a grouped matrix product in Pallas, fp8, scaled by each expert's largest magnitudes",
         "blocks-fp8": "a loop of products, rounded to fp8 by each expert's largest magnitudes",
+        "grouped-fp8-delayed": "a grouped matrix product in Pallas, fp8, scaled by each expert's largest magnitudes in"
+        " earlier steps",
+        "blocks-fp8-delayed": "a loop of products, rounded to fp8 by each expert's largest magnitudes in earlier steps",
     }
 )
 
@@ -232,7 +235,9 @@ def choose_experts(
         return Choice("experts", "plain" if gpu is None else "gemm", why)
     reasons = {kernel: refusal(kernel, use, gpu, EXPERTS) for kernel in _WANTED_OF_EXPERTS[wanted]}
     choice = _first("experts", reasons, "blocks", f"grouped_gemm_backend={wanted!r}", strict)
-    return dataclasses.replace(choice, kernel=f"{choice.kernel}-fp8") if use.fp8 else choice
+    if use.fp8 is None:
+        return choice
+    return dataclasses.replace(choice, kernel=f"{choice.kernel}-fp8{'-delayed' if use.fp8 == 'delayed' else ''}")
 
 
 def _first(slot: str, reasons: Mapping[str, str | None], plain: str, asked: str, strict: bool) -> Choice:

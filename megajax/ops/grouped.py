@@ -177,20 +177,24 @@ _unpermute.defvjp(
 
 class GroupedKernel(NamedTuple):
     """What computes the product of groups. product: (x [R, D], w [E, D, F], sizes [E], block) -> [R, F], with gradients
-    of x and w. most_rows: of the blocks it does best with, of many rows an expert. least_rows: of any block."""
+    of x and w; in fp8 also of scales (`megajax.ops.grouped_fp8`). most_rows: of the blocks it does best with, of many
+    rows an expert. least_rows: of any block."""
 
-    product: Callable[[Array, Array, Array, int], Array]
+    product: Callable[..., Array]
     most_rows: int
     least_rows: int = 16
 
 
-def grouped_matmul(x: Array, w_EDF: Array, groups: Groups | None, kernel: GroupedKernel | None = None) -> Array:
+def grouped_matmul(
+    x: Array, w_EDF: Array, groups: Groups | None, kernel: GroupedKernel | None = None, scales_E3: Array | None = None
+) -> Array:
     """Rows times the kernel of their expert, in x's dtype.
 
     Args:
       x: [E, C, D] with `groups` None (one batched product of 2 E C D F FLOPs), or [R, D] with `groups`.
       w_EDF: kernels.
       kernel: computes groups; `LOOP` by default.
+      scales_E3: given to a kernel of `megajax.ops.grouped_fp8`.
 
     Returns:
       [E, C, F] or [R, F]. With `groups` the work is 2 sum(sizes) D F FLOPs.
@@ -198,7 +202,8 @@ def grouped_matmul(x: Array, w_EDF: Array, groups: Groups | None, kernel: Groupe
     w_EDF = w_EDF.astype(x.dtype)
     if groups is None:
         return jnp.einsum("ecd,edf->ecf", x, w_EDF)
-    return (kernel or LOOP).product(x, w_EDF, groups.sizes, groups.block)
+    scales = () if scales_E3 is None else (scales_E3,)
+    return (kernel or LOOP).product(x, w_EDF, groups.sizes, groups.block, *scales)
 
 
 def grouped_bias(bias_EF: Array, x: Array, groups: Groups | None) -> Array:

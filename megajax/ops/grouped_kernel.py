@@ -105,14 +105,14 @@ def kernel_for(gpu: tuple[int, int]) -> GroupedKernel:
 def fp8_parts_for(gpu: tuple[int, int], *, interpret: bool = False) -> Fp8Parts:
     """Products of fp8 arrays for a GPU of this compute capability."""
 
-    def setting(block: int) -> _Setting:
-        return _Setting(block, largest_tile(gpu, fp8=True), interpret)
+    def setting(block: int, x: Array) -> _Setting:
+        return _Setting(block, largest_tile(gpu, fp8=x.dtype.itemsize == 1), interpret)
 
     def rows_times(x_RK: Array, w_ENK: Array, sizes_E: Array, block: int, dtype: Any) -> Array:
-        return _rows_times(setting(block), x_RK, w_ENK, sizes_E, transposed=True, dtype=dtype)
+        return _rows_times(setting(block, x_RK), x_RK, w_ENK, sizes_E, transposed=True, dtype=dtype)
 
     def outer(x_DR: Array, dy_FR: Array, sizes_E: Array, block: int) -> Array:
-        return _outer(setting(block), x_DR, dy_FR, sizes_E, jnp.float32, rows_last=True)
+        return _outer(setting(block, x_DR), x_DR, dy_FR, sizes_E, jnp.float32, rows_last=True)
 
     return Fp8Parts(rows_times, outer, most_rows=128)
 

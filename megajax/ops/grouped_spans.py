@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from megajax.ops.grouped import Groups, Placement, round_up, take
+from megajax.parallel.gradient_sums import combine
 
 Array = jax.Array
 Tree = Any
@@ -104,7 +105,7 @@ def _backward(fn: Experts, block: int, span: int, K: int, saved: Any, dy_ND: Arr
         _, pullback = jax.vjp(again, params, take(x_ND, tokens), take(probs, assignment))
         of_params, dx, dp = pullback(take(dy_ND, tokens))
         return (
-            jax.tree.map(jnp.add, d_params, of_params),
+            jax.tree_util.tree_map_with_path(combine, d_params, of_params),
             _add(dx_ND, tokens, dx, K),
             d_probs.at[assignment].set(dp, mode="drop"),
         )

@@ -30,6 +30,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from megajax.config import ConfigError
 from megajax.ops.grouped import LOOP, DropPolicy, Groups, block_for, capacity, drop
 from megajax.parallel.expert_exchange import Axes, Exchange, MeshAxes, Sent, Work, exchange_of
+from megajax.parallel.gradient_sums import whole_in_region
 from megajax.parallel.replicas import manual_part
 
 Array = jax.Array
@@ -246,6 +247,8 @@ class ExpertSteps:
         return exchange.send(x_TD, ids_TK, probs_TK, work)
 
     def _compute(self, params: Any, sent: Sent, top_k: int) -> Sent:
+        shared = tuple(axis for axis in self.manual if axis not in self.axes.ep)
+        params = jax.tree_util.tree_map_with_path(lambda path, leaf: whole_in_region(path, leaf, shared), params)
         exchange, work = self._work(top_k, params)
         return sent._replace(payload=exchange.compute(sent.payload, work))
 

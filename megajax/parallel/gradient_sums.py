@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,11 @@ Tree = Any
 
 FP8_META = "fp8_meta"
 """Name of a parameter whose "gradient" is no gradient: the largest magnitudes of the tensors of a linear layer, which
-are not negative, so that zeros change nothing. `megajax.transformer.fp8` makes them, and the next scales of them."""
+are not negative, so that zeros change nothing. `megajax.transformer.fp8` makes them, and the next scales of them.
+So are called the scales of experts, too, which are made of it."""
+
+INPUT, KERNEL, GRADIENT = range(3)
+"""Of the tensors of a linear layer, in it."""
 
 
 def is_fp8_meta(path: Any) -> bool:
@@ -40,6 +45,24 @@ def combined_rows(path: Any, gradients: Array) -> Array:
 def combined_devices(path: Any, gradient: Array, axes: tuple[str, ...]) -> Array:
     """The gradients of the devices along manual mesh axes as one."""
     return jax.lax.pmax(gradient, axes) if is_fp8_meta(path) else jax.lax.psum(gradient, axes)
+
+
+def whole_in_region(path: Any, leaf: Array, axes: tuple[str, ...]) -> Array:
+    """A parameter that devices along manual mesh axes have alike, where their region begins. When it ends, their
+    gradients are summed: of magnitudes the first device therefore gives the largest of all, and the others nothing."""
+    return _whole(leaf, axes) if axes and is_fp8_meta(path) else leaf
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _whole(leaf: Array, axes: tuple[str, ...]) -> Array:
+    return leaf
+
+
+def _whole_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
+    return (jnp.where(jax.lax.axis_index(axes) == 0, jax.lax.pmax(gradient, axes), 0),)
+
+
+_whole.defvjp(lambda leaf, axes: (leaf, None), _whole_backward)
 
 
 def added(totals: Tree, gradients: Tree) -> Tree:

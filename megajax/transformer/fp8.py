@@ -7,10 +7,12 @@ read once only. Either way a model computes the same on every mesh. Products are
 them, of operands that are fp8 times a scale: cuBLASLt then computes them.
 
 With delayed scaling each linear has a parameter `fp8_meta` that no optimizer touches: scales and largest magnitudes of
-its input, its kernel and the gradient of its output. Its "gradient" are the magnitudes of a microbatch, of which the
-largest counts (`megajax.parallel.gradient_sums`). After a step `next_meta` makes the next one of it. So an entry of
-Transformer Engine's history is a microbatch, and here it is a step: all microbatches of a step are scaled alike, and
-no schedule of them, nor the number of data-parallel replicas, changes what is computed.
+its input, its kernel and the gradient of its output; of experts each has its own. Its "gradient" are the magnitudes of
+a microbatch, of which the largest counts (`megajax.parallel.gradient_sums`). After a step `next_meta` makes the next
+one of it. So an entry of Transformer Engine's history is a microbatch, and here it is a step: all microbatches of a
+step are scaled alike, and no schedule of them, nor the number of data-parallel replicas, changes what is computed. Nor
+does expert parallelism: where Transformer Engine takes the largest magnitude of the experts that have the same place on
+their devices, here experts share nothing.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 from flax.linen import fp8_ops
 
 from megajax.config_kernels import Fp8, Fp8Format
-from megajax.parallel.gradient_sums import is_fp8_meta
+from megajax.parallel.gradient_sums import GRADIENT, INPUT, KERNEL, is_fp8_meta
 from megajax.parallel.replicas import largest_of_all
 from megajax.parallel.sharding import constrain, gathered, merge_tokens
 from megajax.transformer.fp8_blocks import Formats, mxfp8_product
@@ -39,9 +41,6 @@ FORMATS: Mapping[Fp8Format, Formats] = MappingProxyType(
         "hybrid": Formats(jnp.float8_e4m3fn, jnp.float8_e5m2),
     }
 )
-
-INPUT, KERNEL, GRADIENT = range(3)
-"""Rows of `fp8_meta`."""
 
 
 def meta_shape(fp8: Fp8) -> tuple[int, int] | None:
@@ -72,6 +71,27 @@ def with_next_meta(fp8: Fp8 | None, params: Any, gradients: Any) -> Any:
 
 def _scales(meta: Array) -> Array:
     return jnp.where(meta[..., 0] > 0, meta[..., 0], 1.0)
+
+
+@jax.custom_vjp
+def scales_of(meta: Array, kernel: Array) -> Array:
+    """The scales [..., 3] in `fp8_meta` [..., 3, 1 + H] of linears with these kernels [..., I, O]. Their "gradients"
+    are the largest magnitudes of inputs and gradients; those of kernels, also of such as nothing was multiplied with,
+    are added here."""
+    return _scales(meta)
+
+
+def _scales_forward(meta: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _scales(meta), (meta, kernel)
+
+
+def _scales_backward(kept: tuple[Array, Array], largest: Array) -> tuple[Array, None]:
+    meta, kernel = kept
+    largest = largest.at[..., KERNEL].set(jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=(-2, -1)))
+    return jnp.zeros_like(meta).at[..., 1].set(largest), None
+
+
+scales_of.defvjp(_scales_forward, _scales_backward)
 
 
 class Scaled(NamedTuple):
@@ -111,20 +131,21 @@ def fp8_product(fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, met
     """
     if fp8.recipe == "mxfp8":
         return mxfp8_product(FORMATS[fp8.format], axes, x, kernel_IO)
-    return jnp.asarray(_product(fp8, axes, x, kernel_IO, meta))
+    scales = None if meta is None else scales_of(meta, kernel_IO)
+    return jnp.asarray(_product(fp8, axes, x, kernel_IO, scales))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, meta: Array | None) -> Array:
-    return _forward(fp8, axes, x, kernel_IO, meta)[0]
+def _product(fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, scales: Array | None) -> Array:
+    return _forward(fp8, axes, x, kernel_IO, scales)[0]
 
 
 class _Operands:
     """The three tensors of a product and its gradients, rounded."""
 
-    def __init__(self, fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, meta: Array | None) -> None:
+    def __init__(self, fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, scales: Array | None) -> None:
         self._formats, self._axes, self._dtype = FORMATS[fp8.format], axes, x.dtype
-        self._scales = (None,) * 3 if meta is None else tuple(_scales(meta))
+        self._scales = (None,) * 3 if scales is None else tuple(scales)
         # Gathered before it is rounded: then products that share x share that, too.
         entering = axes[0] == "embed" and x.ndim == 3
         self.x, self.kernel = constrain(x, "batch", "seq", "act_embed") if entering else x, kernel_IO
@@ -152,18 +173,18 @@ class _Operands:
 
 
 def _forward(
-    fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, meta: Array | None
+    fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, scales: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    operands = _Operands(fp8, axes, x, kernel_IO, meta)
+    operands = _Operands(fp8, axes, x, kernel_IO, scales)
     y = jnp.dot(operands.input(), operands.weight())
-    return y.reshape(*x.shape[:-1], -1), (x, kernel_IO, meta)
+    return y.reshape(*x.shape[:-1], -1), (x, kernel_IO, scales)
 
 
 def _backward(
     fp8: Fp8, axes: tuple[str, str], kept: tuple[Array, Array, Array | None], dy: Array
 ) -> tuple[Array, Array, Array | None]:
-    x, kernel_IO, meta = kept
-    operands = _Operands(fp8, axes, x, kernel_IO, meta)
+    x, kernel_IO, scales = kept
+    operands = _Operands(fp8, axes, x, kernel_IO, scales)
     gradient = operands.gradient(dy)
     dx = jnp.dot(gradient, operands.weight().T)
     if fp8.wgrad:
@@ -173,11 +194,10 @@ def _backward(
     tokens = tuple(range(rows.ndim - 1))
     dkernel = jnp.tensordot(rows, gradient, (tokens, tokens), preferred_element_type=jnp.float32)
     [dkernel] = jax.vjp(lambda kernel: gathered(kernel, *axes), kernel_IO)[1](dkernel.astype(kernel_IO.dtype))
-    dmeta = None
-    if meta is not None:
-        largest = jnp.stack([_amax(operands.x), _amax(kernel_IO), _amax(dy)])
-        dmeta = jnp.zeros_like(meta).at[:, 1].set(largest)
-    return dx.reshape(x.shape), dkernel, dmeta
+    largest = None
+    if scales is not None:
+        largest = jnp.zeros_like(scales).at[INPUT].set(_amax(operands.x)).at[GRADIENT].set(_amax(dy))
+    return dx.reshape(x.shape), dkernel, largest
 
 
 _product.defvjp(_forward, _backward)

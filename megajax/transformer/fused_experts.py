@@ -24,8 +24,8 @@ class FusedExperts(Experts):
     Attributes:
       gpu: the compute capability of the devices that will run it; None is no NVIDIA GPU.
       wanted, strict: as in `kernels.choose_experts`.
-      fp8: what products of experts that drop no token are computed in, each expert's rows and kernels scaled by their
-        largest magnitude, whatever the recipe; None is the dtype of activations.
+      fp8: what products of experts that drop no token are computed in; each expert's rows and kernels are scaled by
+        their largest magnitudes, under delayed scaling by those of earlier steps. None is the dtype of activations.
 
     Raises:
       ConfigError: the kernel that was asked for cannot do it.
@@ -36,6 +36,10 @@ class FusedExperts(Experts):
     strict: bool = False
     fp8: Fp8 | None = None
 
+    def in_fp8(self) -> Fp8 | None:
+        """Not where the table knows of no such kernel, nor in layers that are left out."""
+        return None if self.config.leaves_fp8_out or self._dispatcher(tokens=1).pads else self.fp8
+
     def kernel(self, dispatcher: Dispatcher, dtype: Any, widths: tuple[int, int]) -> GroupedKernel:
         """What the table chooses."""
         fp8 = None if self.config.leaves_fp8_out else self.fp8
@@ -44,12 +48,12 @@ class FusedExperts(Experts):
             dtype=jnp.dtype(dtype).name,
             padded=dispatcher.pads,
             aligned=all(width % least == 0 for width in widths),
-            fp8=fp8 is not None,
+            fp8=None if fp8 is None else fp8.recipe,
         )
         choice = kernels.choose_experts(use, self.gpu, self.wanted, strict=self.strict)
         kernels.record(choice)
-        gpu = self.gpu if choice.kernel in ("grouped", "grouped-fp8") else None
+        gpu = self.gpu if choice.kernel.startswith("grouped") else None
         if fp8 is None:
             return LOOP if gpu is None else kernel_for(gpu)
         parts = grouped_fp8.LOOP_PARTS if gpu is None else fp8_parts_for(gpu)
-        return grouped_fp8.fp8_grouped_kernel(parts, *FORMATS[fp8.format])
+        return grouped_fp8.fp8_grouped_kernel(parts, *FORMATS[fp8.format], wgrad=fp8.wgrad)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from megajax import kernels
 from megajax.config import TransformerConfig
+from megajax.config_kernels import Fp8
 from megajax.kernels import Choice
 from megajax.ops.activations import ACTIVATIONS, activate, gated
 from megajax.ops.attach import attach
@@ -21,10 +22,12 @@ from megajax.ops.grouped import LOOP, GroupedKernel, Groups, expert_counts, grou
 from megajax.ops.router import Routing, load_balancing_loss, route, sinkhorn_route, z_loss
 from megajax.parallel.expert import Dispatcher, ExpertSteps, dispatch
 from megajax.parallel.expert_exchange import Sent
+from megajax.parallel.gradient_sums import FP8_META
 from megajax.parallel.noise import uniform
 from megajax.parallel.replicas import across, axes_apart, parts_apart
 from megajax.parallel.sharding import constrain, summed_as_it_lies
 from megajax.spec import Builder
+from megajax.transformer.fp8 import meta_shape, scales_of
 from megajax.transformer.linear import init_std, normal_init, output_init_std, zeros_init
 
 Array = jax.Array
@@ -116,13 +119,15 @@ class Router(nn.Module):
 class ExpertLinear(nn.Module):
     """The kernels [E, I, O] (and biases [E, O]) of one linear map of each expert; called, it gives them.
 
-    axes: logical axes of I and O. Where replicas divide the experts, or an expert, those are the kernels of one.
+    axes: logical axes of I and O. Where replicas divide the experts, or an expert, those are the kernels of one. fp8:
+    how products are computed in it; with delayed scaling it gives their scales, too, [E, 3], made of its `fp8_meta`.
     """
 
     config: TransformerConfig
     shape: tuple[int, int, int]
     axes: tuple[str, str]
     std: float
+    fp8: Fp8 | None = None
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
@@ -132,6 +137,10 @@ class ExpertLinear(nn.Module):
         if self.config.add_mlp_bias:
             axes, shape = ("experts", self.axes[1]), (shape[0], shape[2])
             weights["bias"] = self.param("bias", zeros_init(axes), shape, dtype)
+        meta = None if self.fp8 is None else meta_shape(self.fp8)
+        if meta is not None:
+            init = zeros_init(("experts", "whole", "whole"))
+            weights[FP8_META] = scales_of(self.param(FP8_META, init, (shape[0], *meta), jnp.float32), weights["kernel"])
         return weights
 
 
@@ -155,14 +164,19 @@ class Experts(nn.Module):
         assert E is not None
         assert F is not None
         inwards, outwards = ("expert_embed", "expert_mlp"), ("expert_mlp", "expert_embed")
+        fp8 = self.in_fp8()
         if cfg.gated_linear_unit:
-            self.linear_gate = ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg))
-        self.linear_fc1 = ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg))
-        self.linear_fc2 = ExpertLinear(cfg, (E, F, D), outwards, output_init_std(cfg))
+            self.linear_gate = ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg), fp8)
+        self.linear_fc1 = ExpertLinear(cfg, (E, D, F), inwards, init_std(cfg), fp8)
+        self.linear_fc2 = ExpertLinear(cfg, (E, F, D), outwards, output_init_std(cfg), fp8)
 
     def __call__(self, x_BSD: Array, ids_BSK: Array, weights_BSK: Array) -> Array:
         params = self.weights()
         return dispatch(x_BSD, ids_BSK, weights_BSK, params, **self._how(x_BSD, params))
+
+    def in_fp8(self) -> Fp8 | None:
+        """How products are computed in fp8, if they are."""
+        return None
 
     def kernel(self, dispatcher: Dispatcher, dtype: Any, widths: tuple[int, int]) -> GroupedKernel:
         """What computes the products of groups. widths: D and F on a device."""
@@ -208,6 +222,8 @@ class Experts(nn.Module):
         def spec(path: Any, leaf: Array) -> PartitionSpec:
             del leaf
             name, kind = path[0].key, path[1].key
+            if kind == FP8_META:
+                return PartitionSpec(ep, None)
             if kind == "bias":
                 return PartitionSpec(ep, None if name == "linear_fc2" else etp)
             return PartitionSpec(ep, etp, None) if name == "linear_fc2" else PartitionSpec(ep, None, etp)
@@ -248,12 +264,15 @@ class Experts(nn.Module):
         activation = ACTIVATIONS[cfg.activation_func]
         weights = weights[..., None].astype(x.dtype)
 
+        def product(name: str, x: Array) -> Array:
+            return grouped_matmul(x, params[name]["kernel"], groups, kernel, params[name].get(FP8_META))
+
         def linear(name: str, x: Array) -> Array:
-            y = grouped_matmul(x, params[name]["kernel"], groups, kernel)
+            y = product(name, x)
             return y + grouped_bias(params[name]["bias"], x, groups) if cfg.add_mlp_bias else y
 
         def project(x: Array) -> Array:
-            y = grouped_matmul(x, params["linear_fc2"]["kernel"], groups, kernel)
+            y = product("linear_fc2", x)
             if not cfg.add_mlp_bias:
                 return y
             bias = grouped_bias(params["linear_fc2"]["bias"], x, groups) / parts

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from megajax.ops.grouped import Groups, grouped_bias, grouped_matmul, place_grouped, round_up
+from megajax.ops.grouped_fp8 import LOOP_PARTS, fp8_grouped_kernel
 from megajax.ops.grouped_spans import span_of, through_spans
+from megajax.parallel.gradient_sums import FP8_META
 from megajax.parallel.hlo import executed
 
 N, K, E, D, F, BLOCK = 40, 2, 4, 6, 10, 8
@@ -81,3 +83,25 @@ def test_a_span_has_room_for_what_a_router_that_balances_gives() -> None:
     for average, block in ((4096, 512), (100, 128), (7, 8)):
         fullest = E * round_up(average, block)
         assert fullest <= span_of(average, E, block) <= 1.25 * fullest + E * block
+
+
+def test_magnitudes_of_spans_do_not_add_up() -> None:
+    """What experts report of their rows for delayed scaling in fp8: the largest counts."""
+    rng, tokens, span = np.random.default_rng(1), 3 * N, 32
+    x, w = (jnp.asarray(rng.standard_normal(size), jnp.float32) for size in ((tokens, 32), (E, 32, 32)))
+    ids, probs = jnp.asarray(rng.integers(E - 1, size=(tokens, 1)), jnp.int32), jnp.ones((tokens, 1), jnp.float32)
+    kernel = fp8_grouped_kernel(LOOP_PARTS, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+    def expert(params: Any, x: Any, probs: Any, groups: Groups) -> Any:
+        return grouped_matmul(x, w, groups, kernel, params[FP8_META])
+
+    def y(params: Any) -> Any:
+        where, groups = place_grouped(ids, E, round_up(tokens + E * 31, span), 32)
+        return through_spans(expert, params, x, probs, where, groups, span)
+
+    _, pull = jax.vjp(y, {FP8_META: jnp.ones((E, 3))})
+    [found] = pull(dy := jnp.asarray(rng.standard_normal(x.shape), jnp.float32))
+    for e in range(E):
+        rows = np.asarray(ids)[:, 0] == e
+        largest = [np.abs(np.asarray(a)[rows]).max(initial=0) for a in (x, dy)]
+        np.testing.assert_array_equal(found[FP8_META][e], [largest[0], 0, largest[1]])

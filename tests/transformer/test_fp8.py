@@ -219,7 +219,7 @@ def test_layers_in_bf16_that_cannot_be(
 
 
 def test_what_experts_get() -> None:
-    use = ExpertsUse(dtype="bfloat16", fp8=True)
+    use = ExpertsUse(dtype="bfloat16", fp8="tensorwise")
     assert choose_experts(use, H100, "auto").kernel == "grouped-fp8"
     assert choose_experts(use, H100, "unfused").kernel == "blocks-fp8"
     misfit = choose_experts(dataclasses.replace(use, aligned=False), H100, "auto")
