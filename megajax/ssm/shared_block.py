@@ -1,4 +1,8 @@
-"""Zamba2's layers: one transformer block that many layers share, each with adapters of its own (arXiv:2411.15242)."""
+"""Zamba2's layers: one transformer block that many layers share, each with adapters of its own (arXiv:2411.15242).
+
+With delayed scaling in fp8 a layer has scales of its own as well, also of linears that are shared: what one reads, and
+the gradient of what it returns, differ from layer to layer.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, D hidden, E = 2 D, F ffn hidden
@@ -11,7 +15,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from megajax.config import ConfigError
 from megajax.ops.activations import ACTIVATIONS
 from megajax.ops.attention import AttentionMask
 from megajax.ops.rope import Rotary
@@ -25,7 +28,7 @@ from megajax.transformer.recompute import recomputed
 Array = jax.Array
 Tree = Any
 _ADAPTER = "adapter_"
-"""What the names of a layer's own parts of the block start with; everything else is shared."""
+"""What the names of a layer's own maps in the block start with; those of everything else are shared."""
 
 
 class SharedContext(NamedTuple):
@@ -126,14 +129,14 @@ class SharedBlock(nn.Module):
         return recomputed(sub.mlp(config=cfg, name="mlp"), "mlp", cfg)(y_BSD)
 
 
-def _part(params: Mapping[str, Tree], *, adapters: bool) -> Tree:
-    """The adapters of a `SharedBlock`'s parameters, or what is shared."""
+def _part(params: Mapping[str, Tree], *, shared: bool) -> Tree:
+    """Of a `SharedBlock`'s parameters what is shared, or what each layer has of its own."""
     flat = flatten_dict(params)
-    return unflatten_dict({path: leaf for path, leaf in flat.items() if _is_adapter(path) == adapters})
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if _is_shared(path) == shared})
 
 
-def _is_adapter(path: tuple[str, ...]) -> bool:
-    return any(name.startswith(_ADAPTER) for name in path)
+def _is_shared(path: tuple[str, ...]) -> bool:
+    return not is_fp8_meta(path) and not any(name.startswith(_ADAPTER) for name in path)
 
 
 def _tree_of_params(module: nn.Module, name: str, init: Callable[[Array], Tree]) -> Tree:
@@ -154,15 +157,9 @@ class SharedWeights(nn.Module):
         block = self.block(config=self.config, parent=None)
 
         def init(key: Array) -> Tree:
-            return _part(block.init(key, x_BSD, x_BSD, mask=AttentionMask())["params"], adapters=False)
+            return _part(block.init(key, x_BSD, x_BSD, mask=AttentionMask())["params"], shared=True)
 
-        weights = _tree_of_params(self, "weights", init)
-        if any(is_fp8_meta(path) for path in flatten_dict(weights)):
-            raise ConfigError(
-                "fp8_recipe='delayed' is not possible for blocks that layers share, whose largest magnitudes would add"
-                " up; use tensorwise"
-            )
-        return weights
+        return _tree_of_params(self, "weights", init)
 
 
 @dataclasses.dataclass(unsafe_hash=True, kw_only=True)
@@ -220,11 +217,11 @@ class SharedMambaLayer(nn.Module):
         decode: bool,
         deterministic: bool,
     ) -> Array:
-        """The block as a pure function of its weights, which the model holds, and of the adapters, held here."""
+        """The block as a pure function of its weights, which the model holds, and of the layer's own, held here."""
         block = self.submodules.shared_block(config=self.config, parent=None)
 
         def init(key: Array) -> Tree:
-            return _part(block.init(key, x_BSD, x_BSD, mask=AttentionMask())["params"], adapters=True)
+            return _part(block.init(key, x_BSD, x_BSD, mask=AttentionMask())["params"], shared=False)
 
         adapters = flatten_dict(_tree_of_params(self, "adapters", init))
         params = unflatten_dict({**flatten_dict(context.weights[self.block]), **adapters})

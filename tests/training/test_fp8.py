@@ -31,6 +31,7 @@ from megajax.config import (
 )
 from megajax.models.registry import FAMILIES
 from megajax.parallel.gradient_sums import FP8_META
+from megajax.ssm.mamba_config import MambaConfig
 from megajax.training import blueprint
 from megajax.training.setup import Program, build_program, on_mesh, place_batch
 
@@ -73,9 +74,11 @@ def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, adam: b
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
+    architecture |= model or {}
+    hybrid = "hybrid_override_pattern" in architecture
     return Config(
-        model_family="gpt",
-        model=TransformerConfig(**{**architecture, **(model or {})}),
+        model_family="mamba" if hybrid else "gpt",
+        model=MambaConfig(**architecture) if hybrid else TransformerConfig(**architecture),
         parallel=ParallelConfig(**parallel),
         kernels=kernels,
         optimizer=dataclasses.replace(optimizer, lr_decay_style="constant"),
@@ -113,7 +116,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 
 def train(config: Config, devices: int = 8) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(losses and gradient norms, final parameters by path)."""
-    program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:devices])
+    program = build_program(config, FAMILIES[config.model_family], devices=jax.devices()[:devices])
     state, seen = steps(program, program.create_state(), batches())
     return seen, named(program.stages.to_stored(state.params))
 
@@ -125,6 +128,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": EXPERTS,
     "ends": {"first_last_layers_bf16": True},
+    "shared": {
+        "hybrid_override_pattern": "SS",
+        "num_layers": 2,
+        "gated_linear_unit": True,
+        "shared_adapter_rank": 8,
+        "mamba_state_dim": 4,
+        "mamba_head_dim": 8,
+        "mamba_num_groups": 1,
+        "mamba_chunk_size": 4,
+        "init_method_std": 0.1,
+    },
 }
 
 
@@ -194,14 +208,35 @@ def test_every_layout_computes_the_same(kernels: KernelConfig, layout: dict[str,
     # Blocks along tokens hold others where context parallelism divides them: by powers of two of other sizes, so that
     # other numbers are too small for them.
     rtol = 1e-7 if kernels is MXFP8 and "context_parallel_size" in layout else 1e-12
+    assert_alike(found, wanted, rtol)
+    assert any(name.endswith(FP8_META) for name in wanted[1]) == (kernels is DELAYED)
+
+
+def assert_alike(found: Any, wanted: Any, rtol: float = 1e-12) -> None:
     np.testing.assert_allclose(found[0], wanted[0], rtol=rtol)
     assert found[1].keys() == wanted[1].keys()
-    scales = sum(name.endswith(FP8_META) for name in wanted[1])
-    assert scales == (6 if kernels is DELAYED else 0)  # of four maps of attention and two of the MLP, or the experts
     for name, value in wanted[1].items():
-        np.testing.assert_allclose(
-            found[1][name], value, rtol=10 * rtol, atol=10 * rtol * np.abs(value).max(), err_msg=name
-        )
+        atol = 10 * rtol * np.abs(value).max()
+        np.testing.assert_allclose(found[1][name], value, rtol=10 * rtol, atol=atol, err_msg=name)
+
+
+@pytest.mark.usefixtures("sums_of_53_bits")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"devices": 2, "zero": 0},
+        pytest.param({"devices": 4, "pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["dp2", "dp2-pp2"],
+)
+def test_layers_that_share_a_block_have_scales_of_their_own(layout: dict[str, Any]) -> None:
+    wanted = one_device(DELAYED, BATCH, "shared")
+    assert_alike(train_exactly(DELAYED, 2, "shared", **layout), wanted)
+    [meta] = [value for name, value in wanted[1].items() if name.endswith("self_attention/linear_q/fp8_meta")]
+    inputs, kernels, gradients = meta[:, :, 1:].swapaxes(0, 1)
+    np.testing.assert_array_equal(kernels[0], kernels[1])  # of one kernel, in three steps
+    assert not np.isclose(inputs[0], inputs[1], rtol=1e-3).any()
+    assert not np.isclose(gradients[0], gradients[1], rtol=1e-3).any()
 
 
 def test_the_state_of_delayed_scaling() -> None:
@@ -273,7 +308,7 @@ def test_resumes_with_the_same_bits_and_on_another_mesh(tmp_path: Path) -> None:
     for name, value in named(uninterrupted).items():
         np.testing.assert_array_equal(named(resumed)[name], value, err_msg=name)
 
-    parallel = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    parallel: dict[str, Any] = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
     staged = config_of(DELAYED, model=EXPERTS, decoder_first_pipeline_num_layers=1, **parallel)
     program, elsewhere = restored(staged, tmp_path, 4)
     for name, value in named(program.stages.to_stored(elsewhere.params)).items():
