@@ -18,7 +18,8 @@ Fp8AmaxAlgo = Literal["most_recent", "max"]
 
 @dataclasses.dataclass(frozen=True)
 class Fp8:
-    """How linear layers compute in fp8; the fields are those of `KernelConfig`."""
+    """How linear layers compute in fp8; the fields are those of `KernelConfig`. as_mxfp8: of blockwise, each tile is
+    multiplied as four blocks of MXFP8, which GPUs from Blackwell on know."""
 
     format: Fp8Format
     recipe: Fp8Recipe = "tensorwise"
@@ -26,6 +27,16 @@ class Fp8:
     amax_history_len: int = 1
     amax_compute_algo: Fp8AmaxAlgo = "most_recent"
     wgrad: bool = True
+    as_mxfp8: bool = False
+
+    @property
+    def title(self) -> str:
+        """Of what computes linears, in `megajax.kernels`."""
+        return f"fp8-{self.recipe}{'-as-mxfp8' if self.as_mxfp8 else ''}"
+
+    def on(self, gpu: tuple[int, int]) -> Fp8:
+        """As GPUs of this compute capability multiply it."""
+        return dataclasses.replace(self, as_mxfp8=self.recipe == "blockwise" and gpu >= (10, 0))
 
 
 _AS_OTHERS = {"first_last_layers_bf16": False, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
@@ -75,8 +86,8 @@ class KernelConfig:
     which has gradients in e5m2."""
     fp8_recipe: Fp8Recipe = "tensorwise"
     """How tensors are scaled to fp8. tensorwise: each by its own largest magnitude. delayed: by those of earlier steps,
-    which a run keeps among its parameters. mxfp8: 32 numbers each by theirs, to a power of two; from Blackwell on.
-    Others are not supported yet."""
+    which a run keeps among its parameters. blockwise: 128 numbers each, or 128 x 128 weights, by theirs, to a power of
+    two; from Hopper on. mxfp8: 32 numbers each, likewise; from Blackwell on. custom is not supported."""
     fp8_margin: int = 0
     """Of delayed scaling: powers of two between the largest magnitude expected and the largest number of the type."""
     fp8_amax_history_len: int = 1

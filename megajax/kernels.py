@@ -161,6 +161,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "gemm": "cuBLAS or Triton, as XLA's autotuner finds",
         "fp8-tensorwise": "fp8, by cuBLASLt, scaled by each tensor's largest magnitude",
         "fp8-mxfp8": "MXFP8, by cuDNN, scaled by 32 numbers each",
+        "fp8-blockwise": "fp8, by a Pallas kernel, scaled by 128 numbers, or 128 x 128 weights, each",
+        "fp8-blockwise-as-mxfp8": "fp8, by cuDNN as MXFP8, scaled by 128 numbers, or 128 x 128 weights, each",
         "fp8-delayed": "fp8, by cuBLASLt, scaled by each tensor's largest magnitude in earlier steps",
         "xla": "XLA's own fusions",
         "grouped": "a grouped matrix product in Pallas",
@@ -170,6 +172,9 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "grouped-fp8-delayed": "a grouped matrix product in Pallas, fp8, scaled by each expert's largest magnitudes in"
         " earlier steps",
         "blocks-fp8-delayed": "a loop of products, rounded to fp8 by each expert's largest magnitudes in earlier steps",
+        "grouped-fp8-blockwise": "a grouped matrix product in Pallas, fp8, scaled by 128 numbers, or 128 x 128 weights,"
+        " each",
+        "blocks-fp8-blockwise": "a loop of products, rounded to fp8 by 128 numbers, or 128 x 128 weights, each",
     }
 )
 
@@ -237,7 +242,8 @@ def choose_experts(
     choice = _first("experts", reasons, "blocks", f"grouped_gemm_backend={wanted!r}", strict)
     if use.fp8 is None:
         return choice
-    return dataclasses.replace(choice, kernel=f"{choice.kernel}-fp8{'-delayed' if use.fp8 == 'delayed' else ''}")
+    scaling = f"-{use.fp8}" if use.fp8 in ("delayed", "blockwise") else ""
+    return dataclasses.replace(choice, kernel=f"{choice.kernel}-fp8{scaling}")
 
 
 def _first(slot: str, reasons: Mapping[str, str | None], plain: str, asked: str, strict: bool) -> Choice:
@@ -252,29 +258,39 @@ def _first(slot: str, reasons: Mapping[str, str | None], plain: str, asked: str,
     raise ConfigError(f"{field} is not possible: {'; '.join(against)}; or use 'auto'")
 
 
+_FP8_GPUS: Mapping[Fp8Recipe, tuple[Capability, str]] = MappingProxyType(
+    {
+        "tensorwise": ((8, 9), "Ada, Hopper"),
+        "delayed": ((8, 9), "Ada, Hopper"),
+        "blockwise": ((9, 0), "Hopper"),
+        "mxfp8": ((10, 0), "Blackwell"),
+    }
+)
+"""Recipe -> the least GPU for it, and what such are called."""
+
+
 def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
     """What computes the linears of layers.
 
     Raises:
       ConfigError: fp8 is asked for and the GPU has none, or by a recipe that is not known here.
     """
-    fp8_format = wanted.fp8_format
-    if fp8_format is not None and wanted.fp8_recipe not in ("tensorwise", "delayed", "mxfp8"):
+    fp8, recipe = wanted.fp8, wanted.fp8_recipe
+    if fp8 is None:
+        return Choice("linears", "plain" if gpu is None else "gemm")
+    if recipe not in _FP8_GPUS:
+        raise ConfigError(f"fp8_recipe={recipe!r} is not supported; use one of {', '.join(map(repr, _FP8_GPUS))}")
+    least, name = _FP8_GPUS[recipe]
+    if gpu is None or gpu < least:
+        field, instead = f"fp8_recipe={recipe!r}", "use tensorwise or delayed"
+        if least == _FP8_GPUS["tensorwise"][0]:
+            field, instead = f"fp8_format={fp8.format!r}", "leave it out"
+        here = "here is none" if gpu is None else f"this one has {gpu[0]}.{gpu[1]}"
         raise ConfigError(
-            f"fp8_recipe={wanted.fp8_recipe!r} is not supported yet; use fp8_recipe='tensorwise', 'delayed' or 'mxfp8'"
+            f"{field} needs an NVIDIA GPU of compute capability {least[0]}.{least[1]} ({name}) or more, {here};"
+            f" {instead}"
         )
-    here = "here is none" if gpu is None else f"this one has {gpu[0]}.{gpu[1]}"
-    if fp8_format is not None and wanted.fp8_recipe == "mxfp8" and (gpu is None or gpu < (10, 0)):
-        raise ConfigError(
-            f"fp8_recipe='mxfp8' needs an NVIDIA GPU of compute capability 10.0 (Blackwell) or more, {here}; use"
-            " tensorwise or delayed"
-        )
-    if fp8_format is not None and (gpu is None or gpu < (8, 9)):
-        raise ConfigError(
-            f"fp8_format={fp8_format!r} needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or more, {here};"
-            " leave it out"
-        )
-    return Choice("linears", "plain" if gpu is None else "gemm" if fp8_format is None else f"fp8-{wanted.fp8_recipe}")
+    return Choice("linears", fp8.on(gpu).title)
 
 
 def other_slots(gpu: Capability | None, wanted: KernelConfig) -> tuple[Choice, ...]:

@@ -21,11 +21,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from megajax.ops.fp8_blocks import TILE, Blocks
 from megajax.ops.fp8_dot import fp8_dot
 from megajax.ops.grouped import GroupedKernel
+from megajax.ops.grouped_blocks import BlockParts
 from megajax.ops.grouped_fp8 import Fp8Parts
 
 Array = jax.Array
+Scales = tuple[Array, ...]
 Ref = Any
 """An array in the GPU's memory: indexing it loads."""
 
@@ -75,11 +78,13 @@ def largest_tile(gpu: tuple[int, int], *, fp8: bool = False) -> Tile:
 
 
 class _Setting(NamedTuple):
-    """What does not depend on arrays. block: as in `Groups`; most: the largest tile."""
+    """What does not depend on arrays. block: as in `Groups`; most: the largest tile; full: the rows are all one
+    group's."""
 
     block: int
     most: Tile
     interpret: bool
+    full: bool = False
 
 
 def grouped_product(
@@ -117,6 +122,39 @@ def fp8_parts_for(gpu: tuple[int, int], *, interpret: bool = False) -> Fp8Parts:
     return Fp8Parts(rows_times, outer, most_rows=128)
 
 
+_BY_TILES = largest_tile((9, 0), fp8=True)
+"""Its `inner` terms are those that share scales, its columns those of at most one square block."""
+
+
+def block_parts(*, interpret: bool = False) -> BlockParts:
+    """Products of arrays whose blocks have scales, for Hopper and later."""
+
+    def rows_times(x_RK: Blocks, w_ENK: Blocks, sizes_E: Array, dtype: Any) -> Array:
+        setting, scales = _Setting(TILE, _BY_TILES, interpret), (x_RK.scales.T, w_ENK.scales)
+        return _rows_times(setting, x_RK.values, w_ENK.values, sizes_E, transposed=True, dtype=dtype, scales=scales)
+
+    def outer(x_DR: Blocks, dy_FR: Blocks, sizes_E: Array) -> Array:
+        setting, scales = _Setting(TILE, _BY_TILES, interpret), (x_DR.scales.T, dy_FR.scales.T)
+        return _outer(setting, x_DR.values, dy_FR.values, sizes_E, jnp.float32, rows_last=True, scales=scales)
+
+    return BlockParts(rows_times, outer)
+
+
+def block_product(a_MK: Blocks, b_NK: Blocks, dtype: Any, *, interpret: bool = False) -> Array:
+    """a times b transposed, [M, N], of one expert: a in tiles, b in square blocks or in tiles."""
+    setting, (M, K) = _Setting(TILE, _BY_TILES, interpret, full=True), a_MK.values.shape
+    values, scales, more = a_MK.values, a_MK.scales.T, -M % TILE
+    if b_NK.block == (1, TILE):
+        sizes = jnp.full(1, K)
+        by_tiles = (scales, b_NK.scales.T)
+        return _outer(setting, values, b_NK.values, sizes, dtype, rows_last=True, scales=by_tiles)[0]
+    sizes = jnp.full(1, M + more)
+    values, scales = jnp.pad(values, ((0, more), (0, 0))), jnp.pad(scales, ((0, 0), (0, more)))
+    by_squares = (scales, b_NK.scales[None])
+    y = _rows_times(setting, values, b_NK.values[None], sizes, transposed=True, dtype=dtype, scales=by_squares)
+    return y[:M]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array) -> Array:
     return _rows_times(setting, x_RD, w_EDF, sizes_E)
@@ -137,10 +175,17 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def _rows_times(
-    setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array, *, transposed: bool = False, dtype: Any = None
+    setting: _Setting,
+    x_RD: Array,
+    w_EDF: Array,
+    sizes_E: Array,
+    *,
+    transposed: bool = False,
+    dtype: Any = None,
+    scales: Scales = (),
 ) -> Array:
     """[R, F]; transposed: of rows [R, F] the product with w's transpose, [R, D], for which w is only read otherwise.
-    dtype: of the result, by default x's."""
+    dtype: of the result, by default x's. scales: [F / TILE, R] of x, [E, ceil(D / TILE), F / TILE] of w, transposed."""
     (R, inner), (E, *widths) = x_RD.shape, w_EDF.shape
     F = widths[0 if transposed else 1]
     tile = Tile.of(setting.block, F, inner, setting.most)
@@ -148,17 +193,18 @@ def _rows_times(
     expert_I = jnp.searchsorted(ends_E, jnp.arange(R // tile.rows), side="right", method="compare_all")
     call = pl.pallas_call(
         functools.partial(_rows_times_kernel, tile=tile, transposed=transposed),
-        name="grouped_matmul",
+        name="block_matmul" if scales else "grouped_matmul",
         grid=(R // tile.rows * pl.cdiv(F, tile.columns),),
         out_shape=jax.ShapeDtypeStruct((R, F), dtype or x_RD.dtype),
         compiler_params=tile.params,
         interpret=setting.interpret,
     )
-    with _says(setting.block, inner * F, read=inner, besides=(E * inner + R) * F, itemsize=x_RD.dtype.itemsize):
-        return call(expert_I.astype(jnp.int32), x_RD, w_EDF)
+    with _says(setting, R, inner * F, read=inner, besides=(E * inner + R) * F, itemsize=x_RD.dtype.itemsize):
+        return call(expert_I.astype(jnp.int32), x_RD, w_EDF, *scales)
 
 
-def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, tile: Tile, transposed: bool) -> None:
+def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, *refs: Ref, tile: Tile, transposed: bool) -> None:
+    *scale_refs, y_ref = refs
     (R, F), E, inner = y_ref.shape, w_ref.shape[0], x_ref.shape[1]
     i, j = _banded(pl.program_id(0), R // tile.rows, pl.cdiv(F, tile.columns))
     rows, columns = pl.ds(i * tile.rows, tile.rows), _Span(j * tile.columns, tile.columns, F)
@@ -168,7 +214,11 @@ def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, t
         terms = pl.ds(step * tile.inner, tile.inner)
         x = x_ref[rows, terms]
         if transposed:
-            return y + _dot(x, columns.load(w_ref.at[expert, columns.slice, terms], dim=0))
+            product = _dot(x, columns.load(w_ref.at[expert, columns.slice, terms], dim=0))
+            if scale_refs:
+                x_scales, w_scales = scale_refs
+                product *= (x_scales[step, rows] * w_scales[expert, _divided(j * tile.columns, TILE)[0], step])[:, None]
+            return y + product
         return y + triton.dot(x, columns.load(w_ref.at[expert, terms, columns.slice], dim=1))
 
     steps = (expert < E).astype(jnp.int32) * (inner // tile.inner)
@@ -178,23 +228,32 @@ def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, y_ref: Ref, *, t
 
 
 def _outer(
-    setting: _Setting, x_RD: Array, dy_RF: Array, sizes_E: Array, dtype: Any, *, rows_last: bool = False
+    setting: _Setting,
+    x_RD: Array,
+    dy_RF: Array,
+    sizes_E: Array,
+    dtype: Any,
+    *,
+    rows_last: bool = False,
+    scales: Scales = (),
 ) -> Array:
-    """The gradient of kernels [E, D, F]: x' dy over the rows of each expert. rows_last: x [D, R] and dy [F, R]."""
+    """The gradient of kernels [E, D, F]: x' dy over the rows of each expert. rows_last: x [D, R] and dy [F, R], whose
+    scales may be [R / TILE, D] and [R / TILE, F]."""
     widths = 0 if rows_last else 1
     D, F, E = x_RD.shape[widths], dy_RF.shape[widths], sizes_E.shape[0]
     tile = _outer_tile(D, F, setting)
     ends_E = jnp.cumsum(sizes_E)
     call = pl.pallas_call(
         functools.partial(_outer_kernel, tile=tile, rows_last=rows_last),
-        name="grouped_matmul_dw",
+        name="block_matmul_dw" if scales else "grouped_matmul_dw",
         grid=(E * pl.cdiv(D, tile.rows) * pl.cdiv(F, tile.columns),),
         out_shape=jax.ShapeDtypeStruct((E, D, F), dtype),
         compiler_params=tile.params,
         interpret=setting.interpret,
     )
-    with _says(setting.block, D * F, read=D + F, besides=E * D * F, itemsize=x_RD.dtype.itemsize):
-        return call((ends_E - sizes_E).astype(jnp.int32), sizes_E.astype(jnp.int32), x_RD, dy_RF)
+    R = x_RD.size // D
+    with _says(setting, R, D * F, read=D + F, besides=E * D * F, itemsize=x_RD.dtype.itemsize):
+        return call((ends_E - sizes_E).astype(jnp.int32), sizes_E.astype(jnp.int32), x_RD, dy_RF, *scales)
 
 
 def _outer_tile(D: int, F: int, setting: _Setting) -> Tile:
@@ -204,13 +263,14 @@ def _outer_tile(D: int, F: int, setting: _Setting) -> Tile:
 
 
 def _outer_kernel(
-    start_ref: Ref, size_ref: Ref, x_ref: Ref, dy_ref: Ref, dw_ref: Ref, *, tile: Tile, rows_last: bool
+    start_ref: Ref, size_ref: Ref, x_ref: Ref, dy_ref: Ref, *refs: Ref, tile: Tile, rows_last: bool
 ) -> None:
+    *scale_refs, dw_ref = refs
     _, D, F = dw_ref.shape
     tall, wide = pl.cdiv(D, tile.rows), pl.cdiv(F, tile.columns)
     program = pl.program_id(0)
-    expert = lax.div(program, tall * wide)
-    i, j = _banded(lax.rem(program, tall * wide), tall, wide)
+    expert, inside = _divided(program, tall * wide)
+    i, j = _banded(inside, tall, wide)
     down, across = _Span(i * tile.rows, tile.rows, D), _Span(j * tile.columns, tile.columns, F)
     start = start_ref[expert]
 
@@ -218,12 +278,18 @@ def _outer_kernel(
         rows = pl.ds(start + step * tile.inner, tile.inner)
         if rows_last:
             x, dy = down.load(x_ref.at[down.slice, rows], dim=0), across.load(dy_ref.at[across.slice, rows], dim=0)
-            return dw + _dot(x, dy)
+            product = _dot(x, dy)
+            if scale_refs:
+                (x_scales, dy_scales), block = scale_refs, _divided(start, TILE)[0] + step
+                x_scale = down.load(x_scales.at[block, down.slice], dim=0)
+                dy_scale = across.load(dy_scales.at[block, across.slice], dim=0)
+                product *= x_scale[:, None] * dy_scale[None, :]
+            return dw + product
         x = down.load(x_ref.at[rows, down.slice], dim=1)
         dy = across.load(dy_ref.at[rows, across.slice], dim=1)
         return dw + triton.dot(x, dy, trans_a=True)
 
-    steps = lax.div(size_ref[expert], tile.inner)
+    steps, _ = _divided(size_ref[expert], tile.inner)
     dw = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     mask = down.there[:, None] & across.there[None, :] if down.cut or across.cut else None
     triton.store(dw_ref.at[expert, down.slice, across.slice], dw.astype(dw_ref.dtype), mask=mask)
@@ -257,24 +323,33 @@ class _Span(NamedTuple):
         """A tile whose `dim` it is; zero behind the end."""
         if not self.cut:
             return triton.load(ref)
-        mask = jnp.broadcast_to(jnp.expand_dims(self.there, 1 - dim), ref.shape)
+        others = tuple(other for other in range(len(ref.shape)) if other != dim)
+        mask = jnp.broadcast_to(jnp.expand_dims(self.there, others), ref.shape)
         return triton.load(ref, mask=mask, other=0.0)
 
 
 def _banded(program: Array, rows: int, columns: int) -> tuple[Array, Array]:
     """Row and column of a program's tile: band after band of `_BAND` rows, each column after column."""
-    above = lax.div(program, _BAND * columns) * _BAND
-    inside, height = lax.rem(program, _BAND * columns), jnp.minimum(rows - above, _BAND)
-    return above + lax.rem(inside, height), lax.div(inside, height)
+    band, inside = _divided(program, _BAND * columns)
+    column, row = _divided(inside, jnp.minimum(rows - band * _BAND, _BAND))
+    return band * _BAND + row, column
 
 
-def _says(block: int, products: int, *, read: int, besides: int, itemsize: int) -> Any:
+def _divided(number: Array, by: Array | int) -> tuple[Array, Array]:
+    """(quotient, remainder) of numbers that are not negative."""
+    by = jnp.asarray(by, number.dtype)
+    return lax.div(number, by), lax.rem(number, by)
+
+
+def _says(setting: _Setting, rows: int, products: int, *, read: int, besides: int, itemsize: int) -> Any:
     """Writes into the program's text what the kernel does, for those who count: `megajax.parallel.roofline`.
 
-    How many rows there are is known at run time only; what depends on it is said of one row.
+    How many of the rows are of a group is known at run time only; what depends on it is said of one row.
     """
+    if setting.full:
+        return set_xla_metadata(flops=2 * rows * products)
     return set_xla_metadata(
-        rows_a_block=block,
+        rows_a_block=setting.block,
         flops_a_row=2 * products,
         bytes_a_row=read * itemsize,
         bytes_besides=besides * itemsize,

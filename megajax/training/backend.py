@@ -44,7 +44,7 @@ def choose_backend(config: Config, mesh: Mesh | AbstractMesh) -> BackendSpecProv
             strict=strict,
             cudnn_missing=missing,
             grouped_gemm_backend=wanted.grouped_gemm_backend,
-            fp8=wanted.fp8,
+            fp8=None if wanted.fp8 is None else wanted.fp8.on(gpu),
         )
     for field, value, usual in (
         ("transformer_impl", wanted.transformer_impl, ("auto",)),

@@ -30,7 +30,7 @@ from megajax.config_kernels import Fp8, Fp8Format
 from megajax.parallel.gradient_sums import GRADIENT, INPUT, KERNEL, is_fp8_meta
 from megajax.parallel.replicas import largest_of_all
 from megajax.parallel.sharding import constrain, gathered, merge_tokens
-from megajax.transformer.fp8_blocks import Formats, mxfp8_product
+from megajax.transformer.fp8_blocks import Formats, block_recipe, block_scaled_product
 
 Array = jax.Array
 
@@ -129,8 +129,9 @@ def fp8_product(fp8: Fp8, axes: tuple[str, str], x: Array, kernel_IO: Array, met
       axes: logical axes of the kernel's dims; "embed" is where x leaves, or y enters, sequence parallelism.
       meta: [3, 1 + H], if `meta_shape` says so.
     """
-    if fp8.recipe == "mxfp8":
-        return mxfp8_product(FORMATS[fp8.format], axes, x, kernel_IO)
+    blocks = block_recipe(fp8)
+    if blocks is not None:
+        return block_scaled_product(fp8, blocks, FORMATS[fp8.format], axes, x, kernel_IO)
     scales = None if meta is None else scales_of(meta, kernel_IO)
     return jnp.asarray(_product(fp8, axes, x, kernel_IO, scales))
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from megajax import kernels
 from megajax.config_kernels import Fp8, GroupedGemmBackend
 from megajax.kernels import Capability, ExpertsUse
-from megajax.ops import grouped_fp8
+from megajax.ops import grouped_blocks, grouped_fp8
 from megajax.ops.grouped import LOOP, GroupedKernel
-from megajax.ops.grouped_kernel import LEAST, fp8_parts_for, kernel_for
+from megajax.ops.grouped_kernel import LEAST, block_parts, fp8_parts_for, kernel_for
 from megajax.parallel.expert import Dispatcher
 from megajax.transformer.fp8 import FORMATS
 from megajax.transformer.moe import Experts
@@ -25,7 +25,8 @@ class FusedExperts(Experts):
       gpu: the compute capability of the devices that will run it; None is no NVIDIA GPU.
       wanted, strict: as in `kernels.choose_experts`.
       fp8: what products of experts that drop no token are computed in; each expert's rows and kernels are scaled by
-        their largest magnitudes, under delayed scaling by those of earlier steps. None is the dtype of activations.
+        their largest magnitudes, under delayed scaling by those of earlier steps, under blockwise by those of tiles and
+        blocks. None is the dtype of activations.
 
     Raises:
       ConfigError: the kernel that was asked for cannot do it.
@@ -55,5 +56,8 @@ class FusedExperts(Experts):
         gpu = self.gpu if choice.kernel.startswith("grouped") else None
         if fp8 is None:
             return LOOP if gpu is None else kernel_for(gpu)
+        if fp8.recipe == "blockwise":
+            parts = grouped_blocks.LOOP_PARTS if gpu is None else block_parts()
+            return grouped_blocks.block_grouped_kernel(parts, *FORMATS[fp8.format])
         parts = grouped_fp8.LOOP_PARTS if gpu is None else fp8_parts_for(gpu)
         return grouped_fp8.fp8_grouped_kernel(parts, *FORMATS[fp8.format], wgrad=fp8.wgrad)

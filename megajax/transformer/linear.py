@@ -65,7 +65,7 @@ def _linear(
     """
 
     if fp8 is not None:
-        kernels.record(Choice("linears", f"fp8-{fp8.recipe}"))
+        kernels.record(Choice("linears", fp8.title))
         y = fp8_product(fp8, axes, x, kernel, meta)
         return y if bias is None else y + bias.astype(y.dtype)
 
