@@ -71,6 +71,16 @@ FP8_OPTIONS: tuple[Setting, ...] = (
 )
 """Beside `GPU_OPTIONS`, for programs with fp8."""
 
+GENERATION_OPTIONS: tuple[Setting, ...] = (
+    Setting(
+        "xla_gpu_dot_merger_threshold_mb",
+        0,
+        "products that share an operand would become one, for which kernels that no tile divides are copied together;"
+        " a step of decoding does little but read kernels",
+    ),
+)
+"""Beside `GPU_OPTIONS`, for programs of generation."""
+
 GPU_ENVIRONMENT: tuple[Setting, ...] = (
     Setting(
         "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -80,9 +90,10 @@ GPU_ENVIRONMENT: tuple[Setting, ...] = (
 )
 
 
-def gpu_options(*, fp8: bool) -> tuple[Setting, ...]:
-    """The compile options of a program for NVIDIA GPUs."""
-    return (*GPU_OPTIONS, *FP8_OPTIONS) if fp8 else GPU_OPTIONS
+def gpu_options(*, fp8: bool, generation: bool = False) -> tuple[Setting, ...]:
+    """The compile options of a program for NVIDIA GPUs, of training or of generation."""
+    further = FP8_OPTIONS if fp8 else GENERATION_OPTIONS if generation else ()  # those for fp8 hold the others
+    return (*GPU_OPTIONS, *further)
 
 
 def options_in_force(options: tuple[Setting, ...], environment: Mapping[str, str]) -> tuple[Setting, ...]:

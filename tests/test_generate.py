@@ -9,6 +9,8 @@ import pytest
 
 from megajax import convert, generate
 from megajax.config import ConfigError
+from megajax.data.tokenizers import build_tokenizer
+from megajax.inference.generate import Sampling
 
 GREEDY = ["--temperature", "0", "--tokenizer", "null:96", "--num-tokens", "16", "--json"]
 
@@ -35,6 +37,16 @@ def test_greedy_text_is_that_of_transformers(source, golden, tmp_path, capsys):
     assert [row["tokens"] for row in rows] == expected
     assert [row["prompt"] for row in rows] == prompts
     assert rows[0]["text"] == f"{prompts[0]} {' '.join(map(str, expected[0]))}"
+
+
+def test_a_gpu_writes_with_the_layers_apart(golden):
+    """Greedy text of transformers again."""
+    pretrained = generate.on_device(generate.read(golden / "hf_llama"), "gpu")
+    layers = pretrained.params["decoder"]["layers"]
+    assert isinstance(layers, tuple) and len(layers) == pretrained.config.num_layers
+    prompts, expected = wanted(golden)
+    tokenizer, ids = build_tokenizer("null:96"), [int(word) for word in prompts[0].split()]
+    assert generate.continuation(pretrained, tokenizer, ids, 16, Sampling(temperature=0), seed=0) == expected[0]
 
 
 def test_a_seed_is_a_sample(golden, capsys):

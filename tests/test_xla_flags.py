@@ -42,5 +42,6 @@ def test_the_users_environment_stays() -> None:
 
 def test_every_option_has_a_reason() -> None:
     settings = (*gpu_options(fp8=True), *GPU_ENVIRONMENT)
+    assert {option.name for option in gpu_options(fp8=False, generation=True)} <= {option.name for option in settings}
     assert all(len(setting.why) > 20 for setting in settings)
     assert len({setting.name for setting in settings}) == len(settings)

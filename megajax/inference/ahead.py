@@ -17,6 +17,7 @@ from megajax.backends import BackendSpecProvider
 from megajax.config import Config, ConfigError
 from megajax.data.tokenizers import build_tokenizer
 from megajax.inference.generate import Decoding, Sampling, boxed_cache, decode, prefill
+from megajax.inference.layers import apart
 from megajax.models import language
 from megajax.models.family import Family
 from megajax.parallel import sharding
@@ -80,7 +81,9 @@ def build_inference_program(
             f" {mesh.size} devices; change one of them"
         )
     drawn = draw_up(config, family, mesh)
-    boxed = boxed_cache(drawn.model, batch=inference_max_requests, length=inference_max_seq_length)
+    assert family.layer_segments is not None
+    params = apart(drawn.abstract_state.params, family.layer_segments(drawn.model))
+    boxed = boxed_cache(drawn.model, params, batch=inference_max_requests, length=inference_max_seq_length)
     specs = sharding.partition_specs(boxed, drawn.rules.table, mesh)
     cache = jax.tree.map(
         lambda box, spec: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=NamedSharding(mesh, spec)),
@@ -88,7 +91,7 @@ def build_inference_program(
         specs,
         is_leaf=sharding.is_box,
     )
-    options = compiler_options(mesh, config, 2)
+    options = compiler_options(mesh, config, 2, generation=True)
     state = _abstract_state(mesh, drawn.rules, cache, inference_max_requests)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     model = drawn.model
@@ -109,7 +112,7 @@ def build_inference_program(
         model=model,
         requests=inference_max_requests,
         length=inference_max_seq_length,
-        params=drawn.abstract_state.params,
+        params=params,
         cache=cache,
         prefill=jit(read),
         decode=jit(step),

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+import os
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.config import ConfigError
+from megajax.inference.layers import alike
+from megajax.parallel.mesh import gpu_capability
 from megajax.parallel.sharding import is_box
+from megajax.xla_flags import gpu_options, options_in_force
 
 Array = jax.Array
 
@@ -55,15 +59,16 @@ def sample_token(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-def boxed_cache(model: nn.Module, *, batch: int, length: int) -> Any:
+def boxed_cache(model: nn.Module, params: Any, *, batch: int, length: int) -> Any:
     """Shapes of what every layer keeps of `length` positions, in boxes that hold their logical axes as well."""
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    return jax.eval_shape(partial(model.init, cache_position=0), jax.random.key(0), tokens)["cache"]
+    boxed = jax.eval_shape(partial(model.init, cache_position=0), jax.random.key(0), tokens)["cache"]
+    return alike(boxed, params)
 
 
-def init_cache(model: nn.Module, *, batch: int, length: int) -> Any:
-    """Empty keys and values, or states, for `length` positions of every layer."""
-    shapes = boxed_cache(model, batch=batch, length=length)
+def init_cache(model: nn.Module, params: Any, *, batch: int, length: int) -> Any:
+    """Empty keys and values, or states, for `length` positions of every layer; stacked as the parameters are."""
+    shapes = boxed_cache(model, params, batch=batch, length=length)
     return jax.tree.map(lambda box: jnp.zeros(box.value.shape, box.value.dtype), shapes, is_leaf=is_box)
 
 
@@ -112,6 +117,7 @@ def generate(
 
     Args:
       model: called as `GPTModel` is, with `cache_position`, `materialize_only_last_token_logits` and a "cache".
+      params: the model's, its layers stacked or apart (`megajax.inference.layers`).
       prompt_BP: int [B, P], P at least 1.
       key: needed unless sampling.temperature is 0.
 
@@ -125,12 +131,18 @@ def generate(
         if sampling.temperature > 0:
             raise ConfigError(f"temperature={sampling.temperature} samples at random, which needs a key")
         key = jax.random.key(0)
-    cache = init_cache(model, batch=B, length=P + num_tokens)
-    return _generate(model, params, cache, prompt_BP, key, num_tokens, sampling)
+    cache = init_cache(model, params, batch=B, length=P + num_tokens)
+    on_gpu = gpu_capability(jax.devices()[0]) is not None
+    return _program(on_gpu)(model, params, cache, prompt_BP, key, num_tokens, sampling)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
-def _generate(
+@cache
+def _program(on_gpu: bool) -> Any:
+    options = options_in_force(gpu_options(fp8=False, generation=True), os.environ) if on_gpu else ()
+    return jax.jit(_write, static_argnums=(0, 5, 6), compiler_options={o.name: o.value for o in options})
+
+
+def _write(
     model: nn.Module, params: Any, cache: Any, prompt_BP: Array, key: Array, num_tokens: int, sampling: Sampling
 ) -> Array:
     def one(state: Decoding, index: Array) -> tuple[Decoding, Array]:

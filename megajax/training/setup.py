@@ -170,7 +170,7 @@ def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:
     )
 
 
-def compiler_options(mesh: Mesh, config: Config, level: int) -> dict[str, Any]:
+def compiler_options(mesh: Mesh, config: Config, level: int, *, generation: bool = False) -> dict[str, Any]:
     """Options for XLA: for NVIDIA GPUs those of `megajax.xla_flags`; XLA:CPU optimizes at `level` of LLVM, 0 to 3. What
     the user's own XLA_FLAGS set is left alone.
 
@@ -182,7 +182,7 @@ def compiler_options(mesh: Mesh, config: Config, level: int) -> dict[str, Any]:
     """
     device = mesh.devices.flat[0]
     if gpu_capability(device) is not None:
-        wanted = gpu_options(fp8=config.kernels.fp8_format is not None)
+        wanted = gpu_options(fp8=config.kernels.fp8_format is not None, generation=generation)
         return {option.name: option.value for option in options_in_force(wanted, os.environ)}
     if device.platform != "cpu":
         return {}

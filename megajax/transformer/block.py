@@ -1,4 +1,4 @@
-"""A stack of layers and the norm after it: scanned, recomputed as asked, its parameters stacked [L, ...]."""
+"""Layers and the norm after them: scanned, recomputed as asked, their parameters stacked [L, ...] or each by itself."""
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, D hidden
@@ -59,8 +59,9 @@ class TransformerBlock(nn.Module):
     """Layers `layer_specs[0]`, `layer_specs[1]`, ... and a final norm. x [B, S, D] -> [B, S, D].
 
     The layers' parameters are held here, stacked, and each layer is applied as a pure function of its slice. So the
-    order of execution (scan, recomputation in groups, later a pipeline) is free and the parameter tree is not touched
-    by it. Layer i draws its dropout from a key folded with i, whatever runs it.
+    order of execution (scan, recomputation in groups, a pipeline) is free and the parameter tree is not touched
+    by it. Layer i draws its dropout from a key folded with i, whatever runs it. With `decode`, a tuple of the layers'
+    own trees, of parameters and of caches, may stand in the place of a stack (`megajax.inference.layers`).
 
     Attributes:
       layer_specs: one builder for each layer.
@@ -248,7 +249,8 @@ def _run_segment(
     rows = tuple(run.rows[stack.name] if run.rows else StackRows(_layer_indices(stack)) for stack in segment.stacks)
     xs, width = (variables, rows), len(segment.stacks)
     if run.decode:
-        return _scan_in_place(step, x_BSD, variables, rows)
+        one_by_one = isinstance(variables[0]["params"], tuple)
+        return (_run_in_turn if one_by_one else _scan_in_place)(step, x_BSD, variables, rows)
     if config.recompute_granularity != "full":
         return jax.lax.scan(step, x_BSD, xs)
     asked = config.recompute_num_layers or 1
@@ -261,6 +263,18 @@ def _run_segment(
     before = 0 if run.rows else segment.stacks[0].first
     first = -(-max(0, asked - before) // width)
     return _scan_parts(x_BSD, xs, [(again, first), (step, segment.repeats)])
+
+
+def _run_in_turn(step: Step, x_BSD: Array, variables: Tree, rows: Tree) -> tuple[Array, Tree]:
+    """Periods one after the other, each layer with arrays of its own; a scan would copy each out of a stack."""
+    kept = []
+    for index in range(len(rows[0].index)):
+        layers = tuple({name: tree[index] for name, tree in stack.items()} for stack in variables)
+        x_BSD, made = step(x_BSD, (layers, jax.tree.map(lambda stack, index=index: stack[index], rows)))
+        kept.append(made)
+    caches = tuple(zip(*(made[0] for made in kept), strict=True))
+    outputs, contexts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(made[1:] for made in kept))
+    return x_BSD, (caches, outputs, contexts)
 
 
 def _scan_in_place(step: Step, x_BSD: Array, variables: Tree, rows: Tree) -> tuple[Array, Tree]:

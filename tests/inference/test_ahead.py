@@ -1,4 +1,4 @@
-"""Steps of generation on a mesh write what one device writes."""
+"""Steps of generation on a mesh, layers apart, write what one device writes, layers stacked."""
 
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
@@ -13,6 +13,7 @@ from megajax.config import Config
 from megajax.data.tokenizers import build_tokenizer
 from megajax.inference.ahead import build_inference_program
 from megajax.inference.generate import Sampling, generate, init_cache
+from megajax.inference.layers import apart
 from megajax.models.registry import FAMILIES
 from megajax.training.setup import fit_config
 
@@ -57,7 +58,9 @@ def test_a_mesh_writes_what_one_device_writes(case: str) -> None:
     def placed(tree: Any, like: Any) -> Any:
         return jax.tree.map(lambda array, shape: jax.device_put(np.asarray(array), shape.sharding), tree, like)
 
-    empty = init_cache(program.model, batch=B, length=P + new)
+    segments: Any = FAMILIES[family].layer_segments
+    params = apart(params, segments(program.model))
+    empty = init_cache(program.model, params, batch=B, length=P + new)
     params, cache = placed(params, program.params), placed(empty, program.cache)
     key = jax.random.key(0)
     with jax.set_mesh(program.mesh), nn.logical_axis_rules(tuple(program.rules.table.items())):

@@ -15,6 +15,7 @@ from megajax.config import ConfigError
 from megajax.inference.ahead import CompiledInference, Phase, compile_inference
 from megajax.models.registry import FAMILIES
 from megajax.parallel.aot import absent_gpus
+from megajax.parallel.hlo import Instruction, bytes_of, computations_of
 from megajax.planning.inference import InferenceReport, inference_report_of
 from megajax.planning.inference_views import format_inference, inference_page
 
@@ -85,6 +86,26 @@ def test_the_cache_is_written_where_it_lies(flags: tuple[str, ...]):
     assert stacks and not [line for line in copied if any(stack in line for stack in stacks)]
 
 
+@needs_aot
+@pytest.mark.parametrize("flags", [(*DENSE, *TP), (*HYBRID, *TP)], ids=["dense", "hybrid"])
+def test_products_read_the_weights_where_they_lie(flags: tuple[str, ...]):
+    """Each is read by one operation, which gives less than that: none is taken out of a larger array, or moved."""
+    one = compiled("decode", *flags)
+    computations, entry = computations_of(one.executable.as_text())
+    kernels = {i.name: i for i in computations[entry] if i.opcode == "parameter" and "kernel" in i.op_name}
+    assert len(kernels) == sum("kernel" in str(path[-1]) for path, _ in jax.tree.leaves_with_path(one.program.params))
+    users: dict[str, list[Instruction]] = {name: [] for name in kernels}
+    for instruction in computations[entry]:
+        for name in {kernels[read].name for read in instruction.operands if read in kernels}:
+            if instruction.opcode == "bitcast":
+                kernels[instruction.name] = kernels[name]
+            else:
+                users[name].append(instruction)
+    large = {name for name in users if bytes_of(kernels[name].shape) >= 2 * D * C}
+    assert all(len(users[name]) == 1 for name in large)
+    assert all(bytes_of(users[name][0].shape) < bytes_of(kernels[name].shape) for name in large)
+
+
 def _stacks(one: CompiledInference) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(one.program.cache) if T in leaf.shape]
 
@@ -115,8 +136,9 @@ def test_a_prefill_is_one_pass_of_flash_attention_and_makes_the_last_logits_alon
     assert report.kernels["__cudnn$fmhaSoftmax"] == L
     assert report.memory.cache == planned(*DENSE, *TP).memory.cache
     assert report.tokens == B * T
-    logits = (B // 4) * T * V // 2 * 4
-    assert all(held.size < logits / 4 or "f32" not in held.shape for held in report.memory.largest)
+    layer = 2 * D * D + 2 * D * GROUPS * (D // HEADS) + 3 * D * F
+    attention, logits = 4 * T * D, 2 * D * V  # of a token, all devices together
+    assert report.executed_flops < (B // 4) * T / 2 * (L * (2 * layer + attention) + logits / 4)
 
 
 @needs_aot
