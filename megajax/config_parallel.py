@@ -66,6 +66,9 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = None
     """Shards of each expert; None: as tensor_model_parallel_size. With another size experts are laid out apart from
     attention (folding), over the same devices of a stage, in Megatron's order."""
+    overlap_moe_expert_parallel_comm: bool | None = None
+    """In lockstep a forward and a backward run in one loop over layers, so that tokens of one travel while the other
+    computes. Takes a tick more, and memory for both. None: where devices share out experts."""
     zero: Literal[0, 1, 2, 3] = 1
     """Over data parallelism: 0 replicates, 1 shards the optimizer state, 2 the gradients too, 3 also the parameters."""
     num_distributed_optimizer_instances: int = 1
@@ -124,6 +127,11 @@ class ParallelConfig:
             f"microbatch_group_size_per_vp_stage={self.microbatch_group_size_per_vp_stage} needs"
             " pipeline_engine='table'; set it",
         )
+        require(
+            self.overlap_moe_expert_parallel_comm is None or self._may_run_beside,
+            f"overlap_moe_expert_parallel_comm={self.overlap_moe_expert_parallel_comm} needs"
+            " expert_model_parallel_size > 1 and pipeline_engine='lockstep'; drop it",
+        )
         names = [name for name in _PIPELINE_OPTIONS if getattr(self, name) not in (None, False, 1)]
         if self.pipeline_model_parallel_size == 1 and names:
             value = getattr(self, names[0])
@@ -142,6 +150,16 @@ class ParallelConfig:
     def resolved_pipeline_engine(self) -> PipelineEngine:
         """The engine that is meant."""
         return self.pipeline_engine or ("lockstep" if self.pipeline_schedule == "1f1b" else "table")
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether the forward and the backward of a tick run side by side."""
+        return self._may_run_beside and self.overlap_moe_expert_parallel_comm is not False
+
+    @property
+    def _may_run_beside(self) -> bool:
+        has_stages = self.pipeline_model_parallel_size > 1 and self.resolved_pipeline_engine == "lockstep"
+        return has_stages and self.expert_model_parallel_size > 1
 
     @property
     def stages_branch(self) -> bool:

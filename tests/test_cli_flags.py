@@ -180,6 +180,7 @@ ENABLERS = {
         " decoder_last_pipeline_num_layers pipeline_schedule pipeline_engine"
     ),
     "--pp 2 --pipeline-engine table": "microbatch_group_size_per_vp_stage",
+    "--pp 2 --ep 2 --num-experts 2": "overlap_moe_expert_parallel_comm",
     "--optimizer sgd": "sgd_momentum",
     "--optimizer lion": "lion_beta1 lion_beta2",
     "--optimizer muon": (

@@ -14,6 +14,9 @@ stages have far fewer layers than others do they branch, around each layer that 
 
 Between forward and backward, what the derivative needs waits in a ring of 2 v p - 1 slots, whatever m is. It is what
 `jax.vjp` keeps, so the recomputation policy of the layers decides its size, and no forward is repeated unless asked.
+
+On the last stage, a tick's backward begins with the loss of its forward. With `beside` it waits a tick longer, so that
+the two need nothing of each other and run in one loop over layers: one's collectives beside the other's arithmetic.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -50,6 +53,7 @@ from megajax.parallel.pipeline_pieces import (
 )
 from megajax.parallel.pipeline_residuals import Residuals
 from megajax.parallel.replicas import ALIKE, Replicas, manual_part
+from megajax.parallel.side_by_side import side_by_side
 
 Array = jax.Array
 Tree = Any
@@ -66,11 +70,15 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Lockstep:
-    """When what runs. Times are ticks; a traced tick or stage is fine everywhere."""
+    """When what runs. Times are ticks; a traced tick or stage is fine everywhere.
+
+    beside: the forward and the backward of a tick run side by side, a tick after the loss.
+    """
 
     stages: int
     chunks: int
     microbatches: int
+    beside: bool = False
 
     @property
     def items(self) -> int:
@@ -87,7 +95,7 @@ class Lockstep:
     @property
     def first_backward(self) -> int:
         """The tick of the first backward."""
-        return self.stages * self.chunks - 1
+        return self.stages * self.chunks - 1 + self.beside
 
     @property
     def forward_ticks(self) -> int:
@@ -206,6 +214,8 @@ class _Engine:
             return self._send_forward(self._forward(carry, tick)), None
 
         def steady(carry: _Carry, tick: Array) -> tuple[_Carry, None]:
+            if schedule.beside:
+                return self._send_forward(self._both(carry, tick)), None
             carry = self._forward(carry, tick)
             return self._send_forward(self._backward(carry, tick)), None
 
@@ -236,14 +246,18 @@ class _Engine:
         return _Carry(none, none, none, ring, sums)
 
     def _forward(self, carry: _Carry, tick: Array, *, keep: bool = True) -> _Carry:
-        item, entering = self.schedule.forward(tick, self.stage), self.schedule.forward(tick, 0)
-        new = self.ends.enter(entering.valid & (entering.chunk == 0), entering.microbatch)
-        x = select((self.stage == 0) & (item.chunk == 0), new, carry.x)
-        work = self.work.at(item.microbatch)
+        item = self.schedule.forward(tick, self.stage)
+        x, work = self._entering(carry, tick), self.work.at(item.microbatch)
         if not keep:
             return carry._replace(y=self._through_layers(item, x, work))
         y, kept = self.residuals.forward(self.chunks.at(0, item.chunk), x, work)
         return carry._replace(y=y, ring=put_at(carry.ring, kept, item.slot))
+
+    def _entering(self, carry: _Carry, tick: Array) -> Tree:
+        """What the layers of this stage read."""
+        item, entering = self.schedule.forward(tick, self.stage), self.schedule.forward(tick, 0)
+        new = self.ends.enter(entering.valid & (entering.chunk == 0), entering.microbatch)
+        return select((self.stage == 0) & (item.chunk == 0), new, carry.x)
 
     def _through_layers(self, item: Item, x: Tree, work: Work) -> Tree:
         def run(block: int) -> Tree:
@@ -261,14 +275,38 @@ class _Engine:
         return item._replace(valid=item.valid & (item.chunk == self.schedule.chunks - 1))
 
     def _backward(self, carry: _Carry, tick: Array) -> _Carry:
+        item = self.schedule.backward(tick, self.stage)
+        sums, g = self._leaves(carry, tick)
+        kept = at_index(carry.ring, item.slot)
+        chunk, work = self.chunks.at(0, item.chunk), self.work.at(item.microbatch)
+        return self._with_gradients(carry, tick, sums, *self.residuals.backward(chunk, kept, work, g))
+
+    def _both(self, carry: _Carry, tick: Array) -> _Carry:
+        """A forward and a backward that need nothing of each other."""
+        ahead, back = self.schedule.forward(tick, self.stage), self.schedule.backward(tick, self.stage)
+        x, (sums, g) = self._entering(carry, tick), self._leaves(carry, tick)
+        # Read before it is written, for the forward may take the slot that the backward leaves.
+        kept, ring = jax.lax.optimization_barrier((at_index(carry.ring, back.slot), carry.ring))
+        (y, new), gradients = side_by_side(
+            self.residuals.forward,
+            (self.chunks.at(0, ahead.chunk), x, self.work.at(ahead.microbatch)),
+            self.residuals.backward,
+            (self.chunks.at(0, back.chunk), kept, self.work.at(back.microbatch), g),
+        )
+        carry = carry._replace(y=y, ring=put_at(ring, new, ahead.slot))
+        return self._with_gradients(carry, tick, sums, *gradients)
+
+    def _leaves(self, carry: _Carry, tick: Array) -> tuple[Sums, Tree]:
+        """(sums with those of the microbatch whose y is the last stage's, gradient of what this stage returned)."""
         item, last = self.schedule.backward(tick, self.stage), self.schedule.stages - 1
-        leaving, entered = self._leaving(tick), self.schedule.backward(tick, 0)
+        leaving = self._leaving(tick - self.schedule.beside)
         sums, g_last = self.ends.leave(leaving.valid, leaving.microbatch, carry.y, carry.sums)
         g = select((self.stage == last) & (item.chunk == self.schedule.chunks - 1), g_last, carry.g)
-        kept = at_index(carry.ring, item.slot)
-        d_params, dx = self.residuals.backward(
-            self.chunks.at(0, item.chunk), kept, self.work.at(item.microbatch), _of_type(g, carry.y)
-        )
+        return sums, _of_type(g, carry.y)
+
+    def _with_gradients(self, carry: _Carry, tick: Array, sums: Sums, d_params: Tree, dx: Tree) -> _Carry:
+        """What a backward gives is added, and sent."""
+        item, entered = self.schedule.backward(tick, self.stage), self.schedule.backward(tick, 0)
 
         def add(path: Any, total: Array, gradient: Array) -> Array:
             gradient = jnp.where(item.valid, gradient.astype(jnp.float32), 0.0)

@@ -133,7 +133,8 @@ def estimate(
         (`megajax.ops.grouped_spans`), which have room for what a router that balances gives.
       blocks_of: how much grouped kernels do; `turns` blocks by default.
       taken: of conditionals by their name (`megajax.parallel.skipped`) how often the longer branch runs, whatever
-        `shares` says. The others wait for the device that takes it most.
+        `shares` says. The others wait for the device that takes it most. Of four branches, for two such conditionals
+        side by side (`megajax.parallel.side_by_side`), each is taken so often.
 
     Raises:
       ValueError: the text is not that of a compiled program.
@@ -257,6 +258,9 @@ class _Program:
         shares = self.shares.get(branches) if where.loops else None
         if taken is not None and branches == 2:
             shares = (1 - taken.mean, taken.mean)
+        elif taken is not None and branches == 4:
+            one, other = (1 - taken.mean, taken.mean), (1 - taken.mean, taken.mean)
+            shares = tuple(mine * its for mine in one for its in other)
         if shares is None:
             shares = tuple(float(i == longest) for i in range(branches))
         elif branches == 2 and longest == 0:

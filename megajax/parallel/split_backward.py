@@ -144,7 +144,7 @@ def _cut(jaxpr: Jaxpr, consts: Sequence[Any], is_first: Sequence[bool], at_hand:
 def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[_Step, list[_Step]]:
     """A scan of which the first part needs some results. Its carry belongs to the first part."""
     closed, length, reverse = eqn.params["jaxpr"], eqn.params["length"], eqn.params["reverse"]
-    num_consts, num_carry, num_xs = _scan_arguments(eqn)
+    num_consts, num_carry, num_xs = scan_arguments(eqn)
     rows = eqn.outvars[num_carry:]
     later = [row in needed and row not in needed_first for row in rows]
     body = _flat(closed)
@@ -189,7 +189,7 @@ def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[
     return first, [_Step(run_second, reads, writes)]
 
 
-def _scan_arguments(eqn: JaxprEqn) -> tuple[int, int, int]:
+def scan_arguments(eqn: JaxprEqn) -> tuple[int, int, int]:
     """How many constants, carried values and scanned arrays a scan takes."""
     if "ft_in" in eqn.params:  # JAX 0.12 on
         consts, carry, xs = (len(list(part)) for part in eqn.params["ft_in"].unpack())

@@ -254,8 +254,7 @@ def _shares(config: Config, schedule: Schedule | None) -> Shares:
     if schedule is None:
         return {}
     if config.parallel.resolved_pipeline_engine == "lockstep":
-        items = Lockstep(schedule.stages, schedule.chunks, schedule.microbatches)
-        busy = schedule.microbatches / items.forward_ticks
+        busy = schedule.microbatches / _lockstep(schedule).forward_ticks
         return {2: (1 - busy, busy)}
     kinds = schedule.arrays()[0]
     each = tuple(float((kinds == kind).mean()) for kind in range(4 if schedule.splits_backward else 3))
@@ -277,15 +276,18 @@ def _taken(program: Program) -> dict[str, Taken]:
 def _slots(config: Config, schedule: Schedule) -> int:
     if config.parallel.resolved_pipeline_engine == "table":
         return sum(plan_ticks(schedule).slots.saved)
-    return Lockstep(schedule.stages, schedule.chunks, schedule.microbatches).slots
+    return _lockstep(schedule).slots
 
 
 def _idle_share(config: Config, schedule: Schedule | None) -> float:
     """Of the ticks in lockstep, those that work on no microbatch."""
     if schedule is None or config.parallel.resolved_pipeline_engine == "table":
         return 0.0
-    ticks = Lockstep(schedule.stages, schedule.chunks, schedule.microbatches).forward_ticks
-    return 1 - schedule.microbatches * schedule.chunks / ticks
+    return 1 - schedule.microbatches * schedule.chunks / _lockstep(schedule).forward_ticks
+
+
+def _lockstep(schedule: Schedule) -> Lockstep:
+    return Lockstep(schedule.stages, schedule.chunks, schedule.microbatches)
 
 
 def _name(transfer: Transfer) -> tuple[str, str, str, bool]:

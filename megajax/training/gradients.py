@@ -150,7 +150,8 @@ class PipelineProgram:
         return self._config.parallel.num_virtual_stages_per_pipeline_rank * len(self._pieces.blocks)
 
     def _lockstep(self, microbatches: int) -> Lockstep:
-        return Lockstep(self._config.parallel.pipeline_model_parallel_size, self._chunks, microbatches)
+        parallel = self._config.parallel
+        return Lockstep(parallel.pipeline_model_parallel_size, self._chunks, microbatches, beside=parallel.runs_beside)
 
     def _engine(self, microbatches: int) -> Callable[..., tuple[Params, Array]]:
         """Of the arguments of `pipeline_gradients` the ones after the schedule."""

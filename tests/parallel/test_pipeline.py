@@ -99,8 +99,8 @@ def _gradients(name: str, stages: int, chunks: int, params: Params, work: Work) 
     spec = PartitionSpec("pp")
     specs = Params(jax.tree.map(lambda _: spec, params.staged), {"table": PartitionSpec()})
     options = {"specs": specs, "gradient_specs": specs}
-    if name == "lockstep":
-        run, schedule = pipeline_gradients, Lockstep(stages, chunks, microbatches)
+    if name in ("lockstep", "beside"):
+        run, schedule = pipeline_gradients, Lockstep(stages, chunks, microbatches, beside=name == "beside")
     else:
         run, schedule = table_gradients, make_schedule(name, stages, microbatches, chunks)
     with jax.set_mesh(mesh), nn.logical_axis_rules(()):
@@ -118,6 +118,9 @@ def _gradients(name: str, stages: int, chunks: int, params: Params, work: Work) 
         ("lockstep", 2, 4, 3),
         pytest.param("lockstep", 4, 2, 6, marks=pytest.mark.slow),
         ("lockstep", 8, 1, 3),
+        ("beside", 2, 1, 5),
+        ("beside", 2, 2, 3),
+        ("beside", 4, 1, 2),
         pytest.param("lockstep", 8, 2, 9, marks=pytest.mark.slow),
         ("1f1b", 2, 1, 5),
         ("1f1b", 2, 4, 3),

@@ -183,3 +183,22 @@ def test_what_some_devices_do_alone():
     assert found.transfers[0].times == pytest.approx(5)
     others = estimate(text, mesh(), GPU, {2: (0.25, 0.75)}, taken={"rows_of_others": Taken(0.5, 1.0)})
     assert others.flops == pytest.approx(0.75 * 10 * 2 * 1024**3)
+
+
+def test_of_two_branches_side_by_side_each_is_taken_so_often():
+    """A branch for each pair: neither, one, the other, both; half of the devices take each, one of them always both."""
+    text = looped("%idle", "%busy", "%busy", "%both").replace(
+        "branch_computations={%idle, %busy, %busy, %both}",
+        'branch_computations={%idle, %busy, %busy, %both}, metadata={op_name="f/rows_of_layers/cond"}',
+    )
+    both = f"""%both (v: f32[1024,1024]) -> f32[1024,1024] {{
+  %v = f32[1024,1024]{{1,0}} parameter(0)
+  %u = f32[1024,1024]{{1,0}} {DOT.format("%v")}
+  ROOT %q = f32[1024,1024]{{1,0}} {DOT.format("%u")}
+}}
+"""
+    text = text.replace("%body (c:", both + "%body (c:")
+    found = estimate(text, mesh(), GPU, taken={"rows_of_layers": Taken(0.5, 1.0)})
+    assert found.flops == pytest.approx((2 * 0.25 * 1 + 0.25 * 2) * 10 * 2 * 1024**3)
+    assert found.seconds == pytest.approx(10 * max(2 * PRODUCT, PRODUCT + SUM), rel=1e-4)
+    assert found.transfers[0].times == pytest.approx(2.5)

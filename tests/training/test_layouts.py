@@ -120,6 +120,7 @@ LAYOUTS = [
     Layout(model="experts", ep=2, cp=2, zero=3),
     Layout(model="experts", ep=2, pp=2, tp=2, sp=True),
     Layout(model="experts", devices=4, pp=4, layers=5, pipeline="Et|tt||ttL", mbs=2),
+    Layout(model="experts", ep=2, pp=4, layers=5, pipeline="Et|tt||ttL"),  # some stages run one layer beside none
     Layout(model="experts", ep=2, pp=2, vpp=2, engine="table", zero=3),
     Layout(model="experts", ep=8, etp=1, tp=2, cp=2, comm="a2a", sp=True, zero=3),  # experts over dp x cp x tp
     Layout(model="latent", ep=2, tp=2, sp=True, zero=3),
