@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from megajax.config import Config, TransformerConfig
 from megajax.models import language
@@ -132,7 +132,7 @@ class Family:
       epilogue: what a finished run prints: the held-out measure that matters, beside what it must beat; a sample.
       write: how it continues text, for `python -m megajax.generate`; None where it does not.
       adds_up_apart: whether devices that see a part of a microbatch each, and sum what is to be summed over it
-        (`megajax.ops.across`), compute parts of its loss.
+        (`megajax.ops.across`), compute parts of its loss: of other samples ("batch"), also of other tokens ("seq").
       pipeline_pieces: model -> the pieces that a pipeline calls. None: the family has no pipeline.
       layer_segments: model -> how the layers are stacked of each block that a pipeline divides, by its path among the
         parameters, in the order in which they run.
@@ -157,7 +157,7 @@ class Family:
     baseline: Callable[[Config, Datasets], tuple[str, float] | None] = language.baseline
     epilogue: Callable[[Finished], Iterable[str]] = language.epilogue
     write: Write | None = None
-    adds_up_apart: bool = False
+    adds_up_apart: tuple[Literal["batch", "seq"], ...] = ()
     pipeline_pieces: Callable[[nn.Module], Pieces] | None = None
     layer_segments: Callable[[nn.Module], Mapping[tuple[str, ...], tuple[Segment, ...]]] | None = None
     hf: Callable[[], tuple[Architecture, ...]] = tuple

@@ -27,6 +27,12 @@ class Across:
         axes = self.batch + self.seq
         return jax.lax.psum(x, axes) if axes else x
 
+    def samples(self, x: Any) -> Any:
+        """The sum over all samples; x is that over those here, as the device with their first tokens sees them."""
+        if self.seq:
+            x = jnp.where(jax.lax.axis_index(self.seq) == 0, x, jnp.zeros_like(x))
+        return self.tokens(x)
+
     def sequence(self, x: Any) -> Any:
         """The sum over all tokens of each sample; x is that over those here."""
         return jax.lax.psum(x, self.seq) if self.seq else x

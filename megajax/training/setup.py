@@ -159,8 +159,9 @@ def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:
     model, rules = config.model, drawn.rules
     together = any(kind == "sinkhorn" for kind, _ in model.balancing)
     together |= model.draws_noise and not is_default()
+    divided = {"batch"} | ({"seq"} if config.parallel.context_parallel_size > 1 else set())
     axes = axes_between_replicas(drawn.mesh.shape)
-    if config.parallel.zero > 1 or not family.adds_up_apart or together or not axes:
+    if config.parallel.zero > 1 or not divided.issubset(family.adds_up_apart) or together or not axes:
         return ALIKE
     return Replicas(
         axes,

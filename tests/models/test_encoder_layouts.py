@@ -103,6 +103,8 @@ ALONE = [
 ]
 """Only for one stack of layers."""
 ALL_AT_ONCE = Layout(tp=2, sp=True, zero=3)
+APART = Layout(tp=2, mbs=2)
+"""Two microbatches, whose gradients the devices add up apart."""
 ALL_AND_STAGES = Layout(devices=8, pp=2, tp=2, sp=True, zero=3, mbs=1, layers=4)
 CASES = [
     *(pytest.param(model, ALL_AND_STAGES) for model in ("bert", "t5")),
@@ -114,6 +116,10 @@ CASES = [
     ),
     *(pytest.param("bert", layout, marks=pytest.mark.slow) for layout in ALONE),
     *(pytest.param(model, ALL_AT_ONCE) for model in ("bert", "t5")),
+    pytest.param("bert", APART),
+    pytest.param("t5", APART, marks=pytest.mark.slow),
+    pytest.param("bert", Layout(devices=8, cp=2, mbs=1), marks=pytest.mark.slow),
+    pytest.param("t5", Layout(pp=2, mbs=2, layers=4), marks=pytest.mark.slow),
     *(pytest.param(model, ALL_AT_ONCE, marks=pytest.mark.slow) for model in ("bert_untied", "t5_untied")),
     *(pytest.param(model, layout, marks=pytest.mark.slow) for model in MODELS for layout in LAYOUTS),
     pytest.param("bert", DIVIDED[0], marks=pytest.mark.slow),

@@ -3,19 +3,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from megajax.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, TransformerConfig
 from megajax.models.registry import FAMILIES
 from megajax.parallel.census import census
 from megajax.parallel.replicas import axes_between_replicas
 from megajax.parallel.sharding import spec_of
+from megajax.training.ahead import compile_step
 from megajax.training.setup import build_program, on_mesh
 
 SEQ, M, WIDTH = 16, 2, 32
@@ -83,13 +85,51 @@ def _step(model: dict[str, Any], parallel: dict[str, Any]) -> tuple[str, Any]:
     ],
 )
 def test_no_gradient_crosses_replicas_in_a_loop(model: dict[str, Any], parallel: dict[str, Any]) -> None:
-    text, mesh = _step(model, parallel)
+    _assert_sums_are_outside_of_loops(*_step(model, parallel), SEQ)
+
+
+FAMILY_SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": WIDTH,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": WIDTH,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "parallel"),
+    [
+        pytest.param("bert", {}, CP | TP, id="bert-ring-tp"),
+        pytest.param("t5", {"encoder_num_layers": 2}, PP | TP, id="t5-pp-tp", marks=pytest.mark.slow),
+        pytest.param("llava", {}, TP, id="llava-tp", marks=pytest.mark.slow),
+    ],
+)
+def test_no_gradient_of_a_model_that_declares_it_crosses(family: str, model: Any, parallel: Any) -> None:
+    dense = math.prod(size for name, size in parallel.items() if name.startswith(("tensor", "pipeline", "context")))
+    default = FAMILIES[family].default
+    config = dataclasses.replace(
+        default,
+        model=default.model.replace(**(FAMILY_SIZES | model)),
+        parallel=ParallelConfig(**parallel),
+        optimizer=OptimizerConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant"),
+        train=TrainConfig(micro_batch_size=1, global_batch_size=M * 8 // dense),
+    )
+    compiled = compile_step(config, FAMILIES[family], jax.devices())
+    _assert_sums_are_outside_of_loops(compiled.executable.as_text(), compiled.program.mesh, config.data.seq_length)
+
+
+def _assert_sums_are_outside_of_loops(text: str, mesh: Mesh, seq_length: int) -> None:
     between = set(axes_between_replicas(mesh.shape))
     sums = [c for c in census(text, mesh) if c.kind in ("all-reduce", "reduce-scatter")]
     sums = [c for c in sums if c.axes is None or between & {*c.axes}]
     for found in sums:
         # Results of experts and gradients of keys and values, on their way back to their tokens.
         of_tokens = found.kind == "reduce-scatter" and any(part in found.op_name for part in ("experts/", "core_att"))
+        of_tokens |= (
+            "core_att" in found.op_name and found.operand_bytes <= 4 * seq_length
+        )  # the mask of a text's padding
         if found.loops and not of_tokens:
             assert found.operand_bytes <= STATISTICS * found.arrays, found
     assert sum(c.operand_bytes for c in sums if not c.loops) > 4 * WIDTH**2, "somewhere they have to meet"

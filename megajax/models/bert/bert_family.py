@@ -236,6 +236,7 @@ BERT = Family(
     example_inputs=example_inputs,
     fit=fit,
     datasets=bert_data.datasets,
+    adds_up_apart=("batch", "seq"),
     batch_axes={"is_random": ("batch",)},
     flops=flops,
     epilogue=epilogue,

@@ -25,6 +25,7 @@ from megajax.models.common.language_module.language_module import (
 )
 from megajax.ops.attention import AttentionMask
 from megajax.ops.cross_entropy import CrossEntropyOptions, FusedLoss, cross_entropy
+from megajax.parallel.replicas import across
 from megajax.spec import Builder
 from megajax.transformer.block import LayerInputs, StackRows, TransformerBlock
 
@@ -188,7 +189,8 @@ class BertModel(nn.Module):
         assert logits_B2 is not None
         known_B = (is_random >= 0).astype(jnp.float32)
         loss_B = cross_entropy(logits_B2, is_random, CrossEntropyOptions(2)) * known_B
-        mean = jnp.sum(loss_B) / jnp.maximum(jnp.sum(known_B), 1.0)
+        total, known = across().samples(jnp.stack([jnp.sum(loss_B), jnp.sum(known_B)]))
+        mean = total / jnp.maximum(known, 1.0)
         return losses._replace(weighted_sum=losses.weighted_sum + jnp.sum(weights) * mean)
 
     # A pipeline calls the model in three pieces, each with its own part of the parameters.

@@ -256,6 +256,7 @@ LLAVA = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    adds_up_apart=("batch",),
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,
     hf=hf,

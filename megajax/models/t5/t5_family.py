@@ -293,6 +293,7 @@ T5 = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    adds_up_apart=("batch",),
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,
     hf=hf,

@@ -91,6 +91,8 @@ SLOTS = 24
 """Of 9 tokens, one of which is an image of 16."""
 LAYOUTS = [Layout(), Layout(zero=2), Layout(zero=3), Layout(devices=2, tp=2), Layout(devices=2, tp=2, sp=True)]
 ALL_AT_ONCE = Layout(tp=2, sp=True, zero=3)
+APART = Layout(tp=2, mbs=2)
+"""Two microbatches, whose gradients the devices add up apart."""
 STAGED = [
     Layout(devices=8, tp=2, sp=True, zero=3, pp=2, mbs=1),
     Layout(devices=2, pp=2, mbs=2, zero=0),
@@ -109,6 +111,8 @@ CASES = [
     pytest.param("llava", DIVIDED[1]),
     *(pytest.param("llava", layout, marks=pytest.mark.slow) for layout in (*STAGED[1:], DIVIDED[0], *DIVIDED[2:])),
     *(pytest.param("llava_experts", layout, marks=pytest.mark.slow) for layout in WITH_EXPERTS),
+    pytest.param("llava", APART, marks=pytest.mark.slow),
+    pytest.param("llava_experts", Layout(ep=2, mbs=1), marks=pytest.mark.slow),
     pytest.param("clip", Layout()),  # the whole batch is compared with each other, wherever it lies
     *(pytest.param(model, ALL_AT_ONCE) for model in MODELS if model != "llava_experts"),
     *(
