@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from megajax.parallel.branch_check import branch_of_some_stages
 from megajax.parallel.gradient_sums import combine_at
 from megajax.parallel.pipeline_pieces import (
     PP,
@@ -267,7 +268,7 @@ class _Engine:
 
         branches = [partial(run, block) for block in range(len(self.pieces.blocks))]
         # Stages are in different blocks at one tick, but all members of a stage's other groups are in the same.
-        return jax.lax.switch(jnp.clip(item.chunk, 0, None) // self.chunks.of_block, branches)
+        return branch_of_some_stages(jnp.clip(item.chunk, 0, None) // self.chunks.of_block, branches)
 
     def _leaving(self, tick: Array) -> Item:
         """The item whose last stage runs at `tick`; invalid if its loss is not yet due."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from megajax.parallel.branch_check import branch_of_some_stages
 from megajax.parallel.gradient_sums import combine_at
 from megajax.parallel.pipeline_pieces import (
     PP,
@@ -189,7 +190,7 @@ class _Engine:
         branches += [lambda run=run, index=index: result(index, run(index)) for run in runs for index in range(count)]
         block = jnp.maximum(mine.chunk, 0) // self.chunks.of_block
         branch = jnp.where(mine.kind == 0, 0, 1 + (mine.kind - 1) * count + block)
-        changes, out = jax.lax.switch(branch, branches)
+        changes, out = branch_of_some_stages(branch, branches)
         staged = tuple(self._added(i, t, c, mine) for i, (t, c) in enumerate(self._pairs(carry, changes)))
         new = tuple(self._stored(i, b, c, mine) for i, (b, c) in enumerate(zip(buffers, changes, strict=True)))
         return laid_out(staged, self.gradient_specs.staged), new, out

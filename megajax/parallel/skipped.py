@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from megajax.parallel.branch_check import branch_of_some_stages
 from megajax.parallel.views import Views
 
 Array = jax.Array
@@ -77,7 +78,7 @@ def _run_if(function: Flat, results: int, name: str) -> Callable[..., list[Array
 
 def _branch(name: str, wanted: Array, inside: Callable[[], Tree], outside: Callable[[], Tree]) -> Tree:
     with jax.named_scope(name):
-        return jax.lax.cond(wanted, inside, outside)
+        return branch_of_some_stages(wanted.astype(jnp.int32), [outside, inside])
 
 
 class _Derivative:

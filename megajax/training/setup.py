@@ -20,6 +20,7 @@ from megajax.data.tokenizers import Tokenizer
 from megajax.models.family import Family
 from megajax.ops.threefry import is_default
 from megajax.parallel import sharding
+from megajax.parallel.branch_check import CheckedStep
 from megajax.parallel.mesh import data_parallel_size, gpu_capability, make_mesh
 from megajax.parallel.replicas import ALIKE, Replicas, axes_between_replicas
 from megajax.parallel.sharding import AxisRules
@@ -112,15 +113,24 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
         create_state=jax.jit(
             drawn.create, out_shardings=drawn.places, compiler_options=compiler_options(mesh, config, 0)
         ),
-        train_step=jax.jit(
-            train_step,
-            donate_argnums=0,
-            out_shardings=(drawn.places, NamedSharding(mesh, PartitionSpec())),
-            compiler_options=compiler_options(mesh, config, 2),
+        train_step=_checked(
+            jax.jit(
+                train_step,
+                donate_argnums=0,
+                out_shardings=(drawn.places, NamedSharding(mesh, PartitionSpec())),
+                compiler_options=compiler_options(mesh, config, 2),
+            ),
+            config,
+            mesh,
         ),
-        eval_step=jax.jit(eval_step, compiler_options=compiler_options(mesh, config, 2)),
+        eval_step=_checked(jax.jit(eval_step, compiler_options=compiler_options(mesh, config, 2)), config, mesh),
         eval_microbatches=_eval_microbatches(config),
     )
+
+
+def _checked(step: Any, config: Config, mesh: Mesh) -> Any:
+    """Stages may branch apart, and what hangs there is found before it runs."""
+    return CheckedStep(step, mesh) if config.parallel.pipeline_model_parallel_size > 1 else step
 
 
 def _eval_microbatches(config: Config) -> int:
