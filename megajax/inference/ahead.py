@@ -82,7 +82,7 @@ def build_inference_program(
         )
     drawn = draw_up(config, family, mesh)
     assert family.layer_segments is not None
-    params = apart(drawn.abstract_state.params, family.layer_segments(drawn.model))
+    params = apart(drawn.params_in_use, family.layer_segments(drawn.model))
     boxed = boxed_cache(drawn.model, params, batch=inference_max_requests, length=inference_max_seq_length)
     specs = sharding.partition_specs(boxed, drawn.rules.table, mesh)
     cache = jax.tree.map(

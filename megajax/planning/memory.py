@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -17,12 +18,15 @@ from megajax.parallel.mesh import ZERO_AXES
 from megajax.parallel.replicas import manual_part
 from megajax.parallel.sharding import spec_of
 from megajax.training.ahead import Compiled, held_bytes
+from megajax.training.computed_with import SCOPE
 from megajax.training.state import is_axes
 
 USABLE = 0.92
 """Of a GPU's memory, what a program may take; CUDA, NCCL and fragments need the rest."""
 
 _STATE = "state."  # where the step's argument is that an array was copied from
+
+_XLA = MappingProxyType({"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
 
 _LARGEST = 12
 _PLUMBING = frozenset({"while", "body", "closed_call", "checkpoint", "rematted_computation", "cond"})
@@ -43,7 +47,9 @@ class Memory:
 
     Attributes:
       parameters, optimizer, batch: by arithmetic (`megajax.training.ahead.held_bytes`).
-      gradients: what is alive of them at the peak, those of a microbatch beside the sums: fp32 of a parameter's shape.
+      copies: the parameters that the model computes with, where they are not the state's own.
+      gradients: what is alive of them at the peak, those of a microbatch beside the sums: fp32, or in the dtype of a
+        copy, and of a parameter's shape.
       activations: what else waits for something later at the peak, activations kept for the backward pass above all.
       temporaries: working space of what runs at the peak, and copies of parameters in another layout.
       peak: of the compiled program, by its buffer assignment, gaps between buffers included.
@@ -54,6 +60,7 @@ class Memory:
     """
 
     parameters: int
+    copies: int
     gradients: int
     optimizer: int
     batch: int
@@ -74,7 +81,8 @@ class Memory:
     @property
     def total(self) -> int:
         """Sum of the parts but for the gaps."""
-        return self.parameters + self.gradients + self.optimizer + self.batch + self.activations + self.temporaries
+        held = self.parameters + self.copies + self.optimizer + self.batch
+        return held + self.gradients + self.activations + self.temporaries
 
     @property
     def gaps(self) -> int:
@@ -94,17 +102,20 @@ def memory_of(compiled: Compiled, gpu: Target, *, fused_attention: bool) -> Memo
     of_program = compiled.executable.memory_analysis()
     beside = of_program.output_size_in_bytes - of_program.alias_size_in_bytes
     shapes = _gradient_shapes(compiled)
-    parts: dict[str, int] = {"gradients": 0, "temporaries": 0, "activations": 0}
+    parts: dict[str, int] = {"copies": 0, "gradients": 0, "temporaries": 0, "activations": 0}
     for buffer in compiled.live:
         if buffer.op_name.startswith(_STATE):
             part = "temporaries"
-        elif buffer.dtype == "f32" and buffer.shape in shapes:
+        elif SCOPE in buffer.op_name.split("/"):
+            part = "copies"
+        elif (buffer.dtype, buffer.shape) in shapes:
             part = "gradients"
         else:
             part = "temporaries" if buffer.local else "activations"
         parts[part] += buffer.size
     return Memory(
         parameters=held.parameters,
+        copies=parts["copies"],
         gradients=parts["gradients"],
         optimizer=held.optimizer,
         batch=held.batch,
@@ -119,22 +130,25 @@ def memory_of(compiled: Compiled, gpu: Target, *, fused_attention: bool) -> Memo
     )
 
 
-def _gradient_shapes(compiled: Compiled) -> set[tuple[int, ...]]:
-    """Shapes of parameters on a device, divided by ZeRO or not, and as a pipeline sees them, [chunks, rows, ...]; only
-    of two dims and more.
+def _gradient_shapes(compiled: Compiled) -> set[tuple[str, tuple[int, ...]]]:
+    """Dtypes, as XLA writes them, and shapes of gradients on a device: of parameters, divided by ZeRO or not, and as a
+    pipeline sees them, [chunks, rows, ...]; only of two dims and more.
     """
     program = compiled.program
     chunks = program.config.parallel.num_virtual_stages_per_pipeline_rank
     whole_axes = tuple(axis for axis in program.mesh.axis_names if axis not in ZERO_AXES)
-    shapes = set()
+    found = set()
     names_of_leaves = jax.tree.leaves(program.axes.params, is_leaf=is_axes)
-    for leaf, names in zip(jax.tree.leaves(program.abstract_state.params), names_of_leaves, strict=True):
+    params, copied = program.abstract_state.params, program.computed_with.chosen
+    for leaf, names, copy in zip(jax.tree.leaves(params), names_of_leaves, jax.tree.leaves(copied), strict=True):
+        dtypes = {"f32", _XLA[program.computed_with.dtype]} if copy and compiled.step == "train" else {"f32"}
         specs = {spec_of(names, table) for table in (program.rules.table, program.rules.optimizer_table)}
         for spec in (*specs, *(manual_part(spec, whole_axes) for spec in specs)):
             shape = NamedSharding(program.mesh, spec).shard_shape(leaf.shape)
             if len(shape) >= 2:
-                shapes |= {shape, (chunks, shape[0] // chunks, *shape[1:]), (shape[0] // chunks, *shape[1:])}
-    return shapes
+                shapes = {shape, (chunks, shape[0] // chunks, *shape[1:]), (shape[0] // chunks, *shape[1:])}
+                found |= {(dtype, shape) for dtype in dtypes for shape in shapes}
+    return found
 
 
 def largest_of(live: Sequence[LiveBuffer]) -> tuple[Holder, ...]:

@@ -53,6 +53,7 @@ def memory_rows(report: Report) -> list[tuple[str, int]]:
     memory = report.memory
     return [
         ("parameters", memory.parameters),
+        ("copies that compute reads", memory.copies),
         ("optimizer state", memory.optimizer),
         ("gradients", memory.gradients),
         ("activations that wait", memory.activations),

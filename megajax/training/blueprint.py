@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from flax import linen as nn
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from megajax.backends import BackendSpecProvider
 from megajax.config import Config
@@ -18,6 +18,7 @@ from megajax.parallel import sharding
 from megajax.parallel.replication import refuse_accidental_copies
 from megajax.parallel.sharding import AxisRules
 from megajax.training.backend import choose_backend
+from megajax.training.computed_with import ComputedWith
 from megajax.training.optimizer import make_optimizer
 from megajax.training.stages import Stages
 from megajax.training.state import TrainState, abstract_params, create_state, state_axes, state_shardings
@@ -41,6 +42,16 @@ class Blueprint(NamedTuple):
     places: TrainState
     abstract_state: TrainState
     create: Callable[[], TrainState]
+    computed_with: ComputedWith
+
+    @property
+    def params_in_use(self) -> Any:
+        """The shapes of the parameters, placed where the model reads them: of a program that trains nothing."""
+        return jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec)),
+            self.abstract_state.params,
+            self.computed_with.in_use,
+        )
 
 
 def draw_up(config: Config, family: Family, mesh: Mesh | AbstractMesh) -> Blueprint:
@@ -73,7 +84,8 @@ def draw_up(config: Config, family: Family, mesh: Mesh | AbstractMesh) -> Bluepr
 
     shapes = jax.eval_shape(create)
     axes = state_axes(shapes, param_axes)
-    places = state_shardings(axes, rules, mesh)
+    computed_with = ComputedWith.of(model, family, config, rules, param_axes)
+    places = state_shardings(axes, rules, mesh, params_as_optimizer=computed_with.gathers)
     return Blueprint(
         mesh=mesh,
         rules=rules,
@@ -88,4 +100,5 @@ def draw_up(config: Config, family: Family, mesh: Mesh | AbstractMesh) -> Bluepr
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         ),
         create=create,
+        computed_with=computed_with,
     )

@@ -71,9 +71,10 @@ def accumulated_gradients(
     data_parallel_size: int,
     constrain: Callable[[Any], Any] = lambda gradients: gradients,
     replicas: Replicas = ALIKE,
+    computed_with: Callable[[Any], Any] = lambda params: params,
 ) -> GradientsFn:
     """One microbatch after the other. `constrain` lays out the gradients (ZeRO-2 divides them); `replicas` add up
-    their own.
+    their own; `computed_with` makes of the state's parameters what the model gets.
     """
 
     def microbatch_loss(params: Any, batch: Batch, weights: Array, key: Array | None) -> tuple[Array, Array]:
@@ -93,7 +94,9 @@ def accumulated_gradients(
         inputs: tuple[Batch, Array] = (dict(batch), weights)
         M = weights.shape[0]
         if M == 1:  # no accumulator to hold beside the gradients
-            return microbatch_gradients(state.params, step_key, 0, *jax.tree.map(lambda a: a[0], inputs))
+            microbatch = jax.tree.map(lambda a: a[0], inputs)
+            grads, loss_sum = microbatch_gradients(computed_with(state.params), step_key, 0, *microbatch)
+            return jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), grads, state.params), loss_sum
 
         def all_microbatches(params: Any, inputs: tuple[Batch, Array], step_key: Array | None) -> tuple[Any, Array]:
             def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
@@ -105,7 +108,7 @@ def accumulated_gradients(
             (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))
             return grads, loss_sum
 
-        return replicas.each(all_microbatches)(state.params, inputs, step_key)
+        return replicas.each(all_microbatches)(computed_with(state.params), inputs, step_key)
 
     return gradients
 
@@ -123,7 +126,10 @@ class PipelineProgram:
         *,
         data_parallel_size: int,
         replicas: Replicas = ALIKE,
+        computed_with: Callable[[Any], Any] = lambda params: params,
     ) -> None:
+        """`computed_with` makes of the state's parameters what the model gets."""
+        self._computed_with = computed_with
         self._pieces, self._stages, self._config = pieces._replace(blocks=_with_what_they_read(pieces)), stages, config
         self._axes, self._data_parallel_size = param_axes, data_parallel_size
         self._specs = self._specs_of(rules.table)
@@ -182,7 +188,7 @@ class PipelineProgram:
         weights = _scaled_weights(state, batch["loss_mask"], self._config, self._data_parallel_size)
         work = Work(dict(batch), weights, batch["loss_mask"], _dropout_key(state, self._config))
         grads, loss_sum = self._engine(weights.shape[0])(
-            self._split(state.params),
+            self._split(self._computed_with(state.params)),
             self._stages.rows(),
             work,
             specs=self._specs,
@@ -197,7 +203,7 @@ class PipelineProgram:
         loss_sum = pipeline_loss(
             self._pieces,
             self._lockstep(mask.shape[0]),
-            self._split(params),
+            self._split(self._computed_with(params)),
             self._stages.rows(),
             Work(dict(batch), mask, mask, None),
             specs=self._specs,
@@ -220,10 +226,14 @@ def _with_what_they_read(pieces: Pieces) -> tuple[BlockFn, ...]:
     return tuple(of_block(*pair) for pair in zip(pieces.blocks, pieces.reads, strict=True))
 
 
-def make_eval_step(model: nn.Module, family: Family) -> EvalStep:
-    """Without a pipeline."""
+def make_eval_step(
+    model: nn.Module, family: Family, computed_with: Callable[[Any], Any] = lambda params: params
+) -> EvalStep:
+    """Without a pipeline. `computed_with` makes of the state's parameters what the model gets."""
 
     def step(params: Any, batch: Batch) -> tuple[Array, Array]:
+        params = computed_with(params)
+
         def microbatch_loss(microbatch: Batch) -> Array:
             mask = microbatch["loss_mask"]
             return jnp.sum(family.loss(model, params, microbatch, mask, dropout_key=None).per_token * mask)

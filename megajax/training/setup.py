@@ -26,6 +26,7 @@ from megajax.parallel.replicas import ALIKE, Replicas, axes_between_replicas
 from megajax.parallel.sharding import AxisRules
 from megajax.training.batches import prepare_batch
 from megajax.training.blueprint import Blueprint, draw_up
+from megajax.training.computed_with import ComputedWith
 from megajax.training.gradients import (
     EvalStep,
     GradientsFn,
@@ -44,9 +45,9 @@ from megajax.xla_flags import gpu_options, options_in_force
 class Program(NamedTuple):
     """The compiled side of a run.
 
-    axes, shardings: trees like the state. train_step: `(state, batch) -> (state, metrics)`, donates the state; batch
-    arrays [M, B, ...]. eval_step: `(params, batch) -> (loss sum, tokens)`; batch arrays [M, B, ...].
-    eval_microbatches: M of the evaluations of a run.
+    axes, shardings: trees like the state. computed_with: the parameters as the model gets them. train_step: `(state,
+    batch) -> (state, metrics)`, donates the state; batch arrays [M, B, ...]. eval_step: `(params, batch) -> (loss sum,
+    tokens)`, params those of the state; batch arrays [M, B, ...]. eval_microbatches: M of the evaluations of a run.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Program(NamedTuple):
     train_iters: int
     axes: TrainState
     abstract_state: TrainState
+    computed_with: ComputedWith
     create_state: Callable[[], TrainState]
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
@@ -110,6 +112,7 @@ def build_program(config: Config, family: Family, *, devices: list[Any] | None =
         train_iters=train_iters,
         axes=drawn.axes,
         abstract_state=drawn.abstract_state,
+        computed_with=drawn.computed_with,
         create_state=jax.jit(
             drawn.create, out_shardings=drawn.places, compiler_options=compiler_options(mesh, config, 0)
         ),
@@ -148,7 +151,14 @@ def _gradients_and_evaluation(
         assert family.pipeline_pieces is not None  # `Stages.of` has refused the rest
         pieces = family.pipeline_pieces(model)
         pipeline = PipelineProgram(
-            pieces, drawn.stages, config, rules, param_axes, data_parallel_size=dp, replicas=replicas
+            pieces,
+            drawn.stages,
+            config,
+            rules,
+            param_axes,
+            data_parallel_size=dp,
+            replicas=replicas,
+            computed_with=drawn.computed_with,
         )
         return pipeline.gradients, pipeline.evaluate
 
@@ -157,9 +167,15 @@ def _gradients_and_evaluation(
         return jax.lax.with_sharding_constraint(gradients, specs) if config.parallel.zero >= 2 else gradients
 
     gradients = accumulated_gradients(
-        model, family, config, data_parallel_size=dp, constrain=constrain, replicas=replicas
+        model,
+        family,
+        config,
+        data_parallel_size=dp,
+        constrain=constrain,
+        replicas=replicas,
+        computed_with=drawn.computed_with,
     )
-    return gradients, make_eval_step(model, family)
+    return gradients, make_eval_step(model, family, drawn.computed_with)
 
 
 def _replicas(drawn: Blueprint, family: Family, config: Config) -> Replicas:

@@ -104,8 +104,13 @@ def is_axes(node: Any) -> bool:
     return type(node) is tuple and all(isinstance(name, str | None) for name in node)
 
 
-def state_shardings(axes: TrainState, rules: AxisRules, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Where each leaf of the state lives. The optimizer has a table of its own: that is ZeRO-1."""
+def state_shardings(
+    axes: TrainState, rules: AxisRules, mesh: Mesh | AbstractMesh, *, params_as_optimizer: bool = False
+) -> TrainState:
+    """Where each leaf of the state lives. The optimizer has a table of its own: that is ZeRO-1.
+
+    params_as_optimizer: parameters lie like the optimizer's state, as a model computes with copies of them.
+    """
 
     def place(tree: Any, table: Mapping[str, tuple[str, ...]]) -> Any:
         return jax.tree.map(
@@ -114,5 +119,6 @@ def state_shardings(axes: TrainState, rules: AxisRules, mesh: Mesh | AbstractMes
             is_leaf=is_axes,
         )
 
-    whole = place(axes, rules.table)
-    return whole.replace(opt_state=place(axes.opt_state, rules.optimizer_table))
+    whole, opt_state = place(axes, rules.table), place(axes.opt_state, rules.optimizer_table)
+    params = place(axes.params, rules.optimizer_table if params_as_optimizer else rules.table)
+    return whole.replace(params=params, opt_state=opt_state)

@@ -44,10 +44,14 @@ def test_bytes_are_those_of_arithmetic():
     memory = report.memory
     assert report.parameters == WHOLE
     divided = L * LAYER + 2 * V * D
-    assert memory.parameters == 4 * (divided // 2 + NORMS)
-    # Two moments, divided over four replicas but for the norms; the rest of the state is a handful of numbers.
+    # In fp32, and two moments of it, divided over four replicas but for the norms; the rest is a handful of numbers.
+    assert memory.parameters == 4 * (divided // 2 // 4 + NORMS)
     assert 0 <= memory.optimizer - 8 * (divided // 2 // 4 + NORMS) < 256
-    assert memory.gradient_sums == memory.parameters
+    assert memory.gradient_sums == 4 * (divided // 2 + NORMS)
+    # Matrices of layers in bf16, both tables in fp32, all of them whole on each replica.
+    assert memory.copies == pytest.approx(2 * (L * LAYER // 2) + 4 * (2 * V * D // 2), rel=0.02)
+    gathers = [row for row in report.traffic if row.kind == "all-gather" and row.axes == "dp"]
+    assert sum(row.sent for row in gathers) == pytest.approx(3 / 4 * memory.copies, rel=0.02)
     assert memory.batch == 4 * (BATCH // 4) * SEQ * 4, "four arrays of int32 or fp32"
     assert memory.fits and 0 <= memory.gaps < 0.01 * memory.peak
 
