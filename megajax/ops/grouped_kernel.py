@@ -253,7 +253,9 @@ def _outer(
     )
     R = x_RD.size // D
     with _says(setting, R, D * F, read=D + F, besides=E * D * F, itemsize=x_RD.dtype.itemsize):
-        return call((ends_E - sizes_E).astype(jnp.int32), sizes_E.astype(jnp.int32), x_RD, dy_RF, *scales)
+        # Counted in tiles: of a row that need not be a multiple of anything Triton would load byte by byte.
+        start_E, steps_E = ((rows // tile.inner).astype(jnp.int32) for rows in (ends_E - sizes_E, sizes_E))
+        return call(start_E, steps_E, x_RD, dy_RF, *scales)
 
 
 def _outer_tile(D: int, F: int, setting: _Setting) -> Tile:
@@ -263,7 +265,7 @@ def _outer_tile(D: int, F: int, setting: _Setting) -> Tile:
 
 
 def _outer_kernel(
-    start_ref: Ref, size_ref: Ref, x_ref: Ref, dy_ref: Ref, *refs: Ref, tile: Tile, rows_last: bool
+    start_ref: Ref, steps_ref: Ref, x_ref: Ref, dy_ref: Ref, *refs: Ref, tile: Tile, rows_last: bool
 ) -> None:
     *scale_refs, dw_ref = refs
     _, D, F = dw_ref.shape
@@ -275,22 +277,21 @@ def _outer_kernel(
     start = start_ref[expert]
 
     def add(step: Array, dw: Array) -> Array:
-        rows = pl.ds(start + step * tile.inner, tile.inner)
+        rows = pl.ds((start + step) * tile.inner, tile.inner)
         if rows_last:
             x, dy = down.load(x_ref.at[down.slice, rows], dim=0), across.load(dy_ref.at[across.slice, rows], dim=0)
             product = _dot(x, dy)
             if scale_refs:
-                (x_scales, dy_scales), block = scale_refs, _divided(start, TILE)[0] + step
-                x_scale = down.load(x_scales.at[block, down.slice], dim=0)
-                dy_scale = across.load(dy_scales.at[block, across.slice], dim=0)
+                x_scales, dy_scales = scale_refs
+                x_scale = down.load(x_scales.at[start + step, down.slice], dim=0)
+                dy_scale = across.load(dy_scales.at[start + step, across.slice], dim=0)
                 product *= x_scale[:, None] * dy_scale[None, :]
             return dw + product
         x = down.load(x_ref.at[rows, down.slice], dim=1)
         dy = across.load(dy_ref.at[rows, across.slice], dim=1)
         return dw + triton.dot(x, dy, trans_a=True)
 
-    steps, _ = _divided(size_ref[expert], tile.inner)
-    dw = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
+    dw = lax.fori_loop(0, steps_ref[expert], add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     mask = down.there[:, None] & across.there[None, :] if down.cut or across.cut else None
     triton.store(dw_ref.at[expert, down.slice, across.slice], dw.astype(dw_ref.dtype), mask=mask)
 
