@@ -340,12 +340,14 @@ def test_resumes_with_the_same_bits_and_on_another_mesh(tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, 0 if FP8_META in name else saved[name], err_msg=name)
 
 
-@pytest.mark.parametrize("kernels", [TENSORWISE, DELAYED, MXFP8, BLOCKWISE], ids=lambda kernels: kernels.fp8_recipe)
-def test_learns_as_well_as_without(kernels: KernelConfig) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "model"), [(TENSORWISE, "dense"), (DELAYED, "experts"), (MXFP8, "dense"), (BLOCKWISE, "dense")]
+)
+def test_learns_as_well_as_without(kernels: KernelConfig, model: str) -> None:
     """Of the same batch seen again and again; delayed scaling begins with scales of 1."""
     losses = {}
     for name, wanted in (("fp8", kernels), ("fp32", KernelConfig())):
-        config = config_of(wanted, mbs=8, adam=True, model={"init_method_std": 0.05})
+        config = config_of(wanted, mbs=8, adam=True, model=MODELS[model] | {"init_method_std": 0.05})
         program = build_program(config, FAMILIES["gpt"], devices=jax.devices()[:1])
         _, seen = steps(program, program.create_state(), batches()[:1] * 20)
         losses[name] = seen[:, 0]
