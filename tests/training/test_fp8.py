@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +146,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "init_method_std": 0.1,
     },
 }
-
-
-@pytest.fixture
-def sums_of_53_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every number that is not fp8 is a float64.
-
-    Layouts add up in other orders, and a sum that differs in its last bit may round to its other neighbour in fp8,
-    1/16 away, from which on nothing is alike. So near to the middle between two neighbours lies one number in 10^6 of
-    those with 24 bits, and hardly ever one of 53: then layouts agree to the last bits, or scale a tensor otherwise.
-    """
-    monkeypatch.setattr(jnp, "float32", jnp.float64)
-    with jax.enable_x64(True):
-        yield
 
 
 def train_exactly(kernels: KernelConfig, mbs: int, model: str = "dense", devices: int = 1, **parallel: Any) -> Any:
