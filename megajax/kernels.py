@@ -175,6 +175,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "grouped-fp8-blockwise": "a grouped matrix product in Pallas, fp8, scaled by 128 numbers, or 128 x 128 weights,"
         " each",
         "blocks-fp8-blockwise": "a loop of products, rounded to fp8 by 128 numbers, or 128 x 128 weights, each",
+        "grouped-fp8-mxfp8": "a grouped matrix product in Pallas, MXFP8, scaled by 32 numbers each",
+        "blocks-fp8-mxfp8": "a loop of products, rounded to MXFP8 by 32 numbers each",
     }
 )
 
@@ -242,7 +244,7 @@ def choose_experts(
     choice = _first("experts", reasons, "blocks", f"grouped_gemm_backend={wanted!r}", strict)
     if use.fp8 is None:
         return choice
-    scaling = f"-{use.fp8}" if use.fp8 in ("delayed", "blockwise") else ""
+    scaling = "" if use.fp8 == "tensorwise" else f"-{use.fp8}"
     return dataclasses.replace(choice, kernel=f"{choice.kernel}-fp8{scaling}")
 
 

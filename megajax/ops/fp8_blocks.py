@@ -21,6 +21,8 @@ Array = jax.Array
 
 TILE = 128
 """Numbers of a block, in each of its dims, of Float8BlockScaling."""
+MX_BLOCK = 32
+"""Numbers of a block of MXFP8."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["block"])

@@ -1,8 +1,9 @@
-"""The grouped matrix product and its gradients in fp8 whose blocks have scales: Float8BlockScaling for experts.
+"""The grouped matrix product and its gradients in fp8 whose blocks have scales, for experts.
 
-Transformer Engine's GroupedLinear under that recipe: rows, and gradients, in tiles of 1 x 128 along the terms of each
-sum, kernels in blocks of 128 x 128. For the gradient of a kernel tiles run along an expert's rows, from its first on:
-so groups are whole tiles, as in DeepSeek's DeepGEMM, and what is rounded together there is what meets on a device.
+Transformer Engine's GroupedLinear under Float8BlockScaling: rows, and gradients, in tiles of 1 x 128 along the terms of
+each sum, kernels in blocks of 128 x 128; and under MXFP8BlockScaling: all of them in tiles of 1 x 32. For the gradient
+of a kernel tiles run along an expert's rows, from its first on: so groups are whole tiles, as in DeepSeek's DeepGEMM,
+and what is rounded together there is what meets on a device.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -24,8 +25,8 @@ Array = jax.Array
 class BlockParts(NamedTuple):
     """What computes products of arrays in blocks, rows in groups as in `Groups`.
 
-    rows_times: (x [R, K] in tiles, w [E, N, K] in square blocks, sizes [E], dtype) -> [R, N] in that dtype. outer:
-    (x [D, R] and dy [F, R] in tiles, sizes) -> fp32 [E, D, F]. Groups are whole tiles.
+    rows_times: (x [R, K] in tiles, w [E, N, K] in blocks, sizes [E], dtype) -> [R, N] in that dtype. outer:
+    (x [D, R] and dy [F, R] in tiles, sizes) -> fp32 [E, D, F]. Groups are multiples of `TILE`.
     """
 
     rows_times: Callable[[Blocks, Blocks, Array, Any], Array]
@@ -46,25 +47,37 @@ LOOP_PARTS = BlockParts(_loop_rows_times, _loop_outer)
 
 class _Setting(NamedTuple):
     """What does not depend on arrays. forward, backward: the types that rows and kernels, and gradients, are rounded
-    to."""
+    to. tile: numbers of one; square: kernels are in blocks of as many rows."""
 
     parts: BlockParts
     forward: Any
     backward: Any
+    tile: int
+    square: bool
+
+    def rows(self, x: Array) -> Blocks:
+        """Rows of activations, or columns, in tiles."""
+        return in_blocks(x, self.forward, (1, self.tile))
+
+    def gradient(self, dy: Array) -> Blocks:
+        """The same of gradients."""
+        return in_blocks(dy, self.backward, (1, self.tile))
+
+    def kernels(self, w: Array) -> Blocks:
+        """Kernels whose last dim is that of the terms."""
+        return in_blocks(w, self.forward, (self.tile if self.square else 1, self.tile))
 
 
-def block_grouped_kernel(parts: BlockParts, forward: Any, backward: Any) -> GroupedKernel:
-    """A product of groups that rounds to these fp8 types."""
+def block_grouped_kernel(
+    parts: BlockParts, forward: Any, backward: Any, *, tile: int = TILE, square: bool = True
+) -> GroupedKernel:
+    """A product of groups that rounds to these fp8 types, by default in the blocks of Float8BlockScaling."""
 
     def product(x_RD: Array, w_EDF: Array, sizes_E: Array, block: int) -> Array:
         del block  # the one there is
-        return jnp.asarray(_product(_Setting(parts, forward, backward), x_RD, w_EDF, sizes_E))
+        return jnp.asarray(_product(_Setting(parts, forward, backward, tile, square), x_RD, w_EDF, sizes_E))
 
     return GroupedKernel(product, most_rows=TILE, least_rows=TILE)
-
-
-_tiles = functools.partial(in_blocks, block=(1, TILE))
-_squares = functools.partial(in_blocks, block=(TILE, TILE))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -73,15 +86,15 @@ def _product(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array) -> Ar
 
 
 def _forward(setting: _Setting, x_RD: Array, w_EDF: Array, sizes_E: Array):
-    x8, w8 = _tiles(x_RD, setting.forward), _squares(w_EDF.swapaxes(1, 2), setting.forward)
+    x8, w8 = setting.rows(x_RD), setting.kernels(w_EDF.swapaxes(1, 2))
     return setting.parts.rows_times(x8, w8, sizes_E, x_RD.dtype), (x_RD, w_EDF, sizes_E)
 
 
 def _backward(setting: _Setting, saved: tuple[Array, Array, Array], dy_RF: Array):
     x_RD, w_EDF, sizes_E = saved
-    g8, w8 = _tiles(dy_RF, setting.backward), _squares(w_EDF, setting.forward)
+    g8, w8 = setting.gradient(dy_RF), setting.kernels(w_EDF)
     dx_RD = setting.parts.rows_times(g8, w8, sizes_E, x_RD.dtype)
-    dw_EDF = setting.parts.outer(_tiles(x_RD.T, setting.forward), _tiles(dy_RF.T, setting.backward), sizes_E)
+    dw_EDF = setting.parts.outer(setting.rows(x_RD.T), setting.gradient(dy_RF.T), sizes_E)
     return dx_RD, dw_EDF.astype(w_EDF.dtype), np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 

@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from megajax.ops.fp8_blocks import TILE, Blocks
-from megajax.ops.fp8_dot import fp8_dot
+from megajax.ops.fp8_blocks import MX_BLOCK, TILE, Blocks
+from megajax.ops.fp8_dot import fp8_dot, mx_dot
 from megajax.ops.grouped import GroupedKernel
 from megajax.ops.grouped_blocks import BlockParts
 from megajax.ops.grouped_fp8 import Fp8Parts
@@ -140,6 +140,24 @@ def block_parts(*, interpret: bool = False) -> BlockParts:
     return BlockParts(rows_times, outer)
 
 
+def mx_parts(*, interpret: bool = False) -> BlockParts:
+    """The same of arrays in tiles of `MX_BLOCK`, kernels, too, for Blackwell."""
+
+    def exponents(x: Blocks) -> Array:
+        """n for each scale 2^(n - 127)."""
+        return jax.lax.bitcast_convert_type(x.scales.astype(jnp.float8_e8m0fnu), jnp.uint8)
+
+    def rows_times(x_RK: Blocks, w_ENK: Blocks, sizes_E: Array, dtype: Any) -> Array:
+        setting, scales = _Setting(TILE, _BY_TILES, interpret), (exponents(x_RK), exponents(w_ENK))
+        return _rows_times(setting, x_RK.values, w_ENK.values, sizes_E, transposed=True, dtype=dtype, scales=scales)
+
+    def outer(x_DR: Blocks, dy_FR: Blocks, sizes_E: Array) -> Array:
+        setting, scales = _Setting(TILE, _BY_TILES, interpret), (exponents(x_DR), exponents(dy_FR))
+        return _outer(setting, x_DR.values, dy_FR.values, sizes_E, jnp.float32, rows_last=True, scales=scales)
+
+    return BlockParts(rows_times, outer)
+
+
 def block_product(a_MK: Blocks, b_NK: Blocks, dtype: Any, *, interpret: bool = False) -> Array:
     """a times b transposed, [M, N], of one expert: a in tiles, b in square blocks or in tiles."""
     setting, (M, K) = _Setting(TILE, _BY_TILES, interpret, full=True), a_MK.values.shape
@@ -185,7 +203,8 @@ def _rows_times(
     scales: Scales = (),
 ) -> Array:
     """[R, F]; transposed: of rows [R, F] the product with w's transpose, [R, D], for which w is only read otherwise.
-    dtype: of the result, by default x's. scales: [F / TILE, R] of x, [E, ceil(D / TILE), F / TILE] of w, transposed."""
+    dtype: of the result, by default x's. scales: [F / TILE, R] of x, [E, ceil(D / TILE), F / TILE] of w, transposed;
+    or uint8 [R, F / MX_BLOCK] and [E, D, F / MX_BLOCK]."""
     (R, inner), (E, *widths) = x_RD.shape, w_EDF.shape
     F = widths[0 if transposed else 1]
     tile = Tile.of(setting.block, F, inner, setting.most)
@@ -214,7 +233,12 @@ def _rows_times_kernel(expert_ref: Ref, x_ref: Ref, w_ref: Ref, *refs: Ref, tile
         terms = pl.ds(step * tile.inner, tile.inner)
         x = x_ref[rows, terms]
         if transposed:
-            product = _dot(x, columns.load(w_ref.at[expert, columns.slice, terms], dim=0))
+            w = columns.load(w_ref.at[expert, columns.slice, terms], dim=0)
+            if _in_mx(scale_refs):
+                (x_scales, w_scales), blocks = scale_refs, _mx_blocks(step, tile.inner)
+                w_scale = columns.load(w_scales.at[expert, columns.slice, blocks], dim=0)
+                return mx_dot(y, x, x_scales[rows, blocks], w, w_scale)
+            product = _dot(x, w)
             if scale_refs:
                 x_scales, w_scales = scale_refs
                 product *= (x_scales[step, rows] * w_scales[expert, _divided(j * tile.columns, TILE)[0], step])[:, None]
@@ -238,7 +262,7 @@ def _outer(
     scales: Scales = (),
 ) -> Array:
     """The gradient of kernels [E, D, F]: x' dy over the rows of each expert. rows_last: x [D, R] and dy [F, R], whose
-    scales may be [R / TILE, D] and [R / TILE, F]."""
+    scales may be [R / TILE, D] and [R / TILE, F], or uint8 [D, R / MX_BLOCK] and [F, R / MX_BLOCK]."""
     widths = 0 if rows_last else 1
     D, F, E = x_RD.shape[widths], dy_RF.shape[widths], sizes_E.shape[0]
     tile = _outer_tile(D, F, setting)
@@ -280,6 +304,10 @@ def _outer_kernel(
         rows = pl.ds((start + step) * tile.inner, tile.inner)
         if rows_last:
             x, dy = down.load(x_ref.at[down.slice, rows], dim=0), across.load(dy_ref.at[across.slice, rows], dim=0)
+            if _in_mx(scale_refs):
+                (x_scales, dy_scales), blocks = scale_refs, _mx_blocks(start + step, tile.inner)
+                x_scale = down.load(x_scales.at[down.slice, blocks], dim=0)
+                return mx_dot(dw, x, x_scale, dy, across.load(dy_scales.at[across.slice, blocks], dim=0))
             product = _dot(x, dy)
             if scale_refs:
                 x_scales, dy_scales = scale_refs
@@ -294,6 +322,15 @@ def _outer_kernel(
     dw = lax.fori_loop(0, steps_ref[expert], add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     mask = down.there[:, None] & across.there[None, :] if down.cut or across.cut else None
     triton.store(dw_ref.at[expert, down.slice, across.slice], dw.astype(dw_ref.dtype), mask=mask)
+
+
+def _in_mx(scale_refs: list[Ref]) -> bool:
+    return bool(scale_refs) and scale_refs[0].dtype == jnp.uint8
+
+
+def _mx_blocks(tile: Array, terms: int) -> Any:
+    """Those of a tile of so many terms, all of them in tiles."""
+    return pl.ds(tile * (terms // MX_BLOCK), terms // MX_BLOCK)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -24,20 +24,17 @@ import jax.numpy as jnp
 
 from megajax.config import ConfigError
 from megajax.config_kernels import Fp8
-from megajax.ops.fp8_blocks import TILE, Blocks, in_blocks
+from megajax.ops.fp8_blocks import MX_BLOCK, TILE, Blocks, in_blocks
 from megajax.parallel.local_product import Axes, local_product
 from megajax.parallel.sharding import constrain, gathered
 
 Array = jax.Array
 
-MX = 32
-"""Numbers of a block of MXFP8."""
-
 
 def _by_cudnn(dtype: Any, a_MK: Blocks, b_NK: Blocks) -> Array:
     def operands(x: Blocks) -> tuple[Array, Array]:
         rows, terms = x.block
-        scales = jnp.repeat(jnp.repeat(x.scales, rows, axis=0)[: x.values.shape[0]], terms // MX, axis=1)
+        scales = jnp.repeat(jnp.repeat(x.scales, rows, axis=0)[: x.values.shape[0]], terms // MX_BLOCK, axis=1)
         return x.values[None], scales.astype(jnp.float8_e8m0fnu)[None]
 
     (a, a_scales), (b, b_scales) = operands(a_MK), operands(b_NK)
@@ -67,7 +64,7 @@ class BlockRecipe(NamedTuple):
 def block_recipe(fp8: Fp8) -> BlockRecipe | None:
     """None: the recipe is not one of blocks."""
     if fp8.recipe == "mxfp8":
-        return BlockRecipe(terms=MX, rows=1, least=MX, on_gpu=_by_cudnn)
+        return BlockRecipe(terms=MX_BLOCK, rows=1, least=MX_BLOCK, on_gpu=_by_cudnn)
     if fp8.recipe == "blockwise":
         return BlockRecipe(terms=TILE, rows=TILE, least=16, on_gpu=_by_cudnn if fp8.as_mxfp8 else _by_pallas)
     return None

@@ -9,8 +9,9 @@ from megajax import kernels
 from megajax.config_kernels import Fp8, GroupedGemmBackend
 from megajax.kernels import Capability, ExpertsUse
 from megajax.ops import grouped_blocks, grouped_fp8
+from megajax.ops.fp8_blocks import MX_BLOCK
 from megajax.ops.grouped import LOOP, GroupedKernel
-from megajax.ops.grouped_kernel import LEAST, block_parts, fp8_parts_for, kernel_for
+from megajax.ops.grouped_kernel import LEAST, block_parts, fp8_parts_for, kernel_for, mx_parts
 from megajax.parallel.expert import Dispatcher
 from megajax.transformer.fp8 import FORMATS
 from megajax.transformer.moe import Experts
@@ -25,8 +26,8 @@ class FusedExperts(Experts):
       gpu: the compute capability of the devices that will run it; None is no NVIDIA GPU.
       wanted, strict: as in `kernels.choose_experts`.
       fp8: what products of experts that drop no token are computed in; each expert's rows and kernels are scaled by
-        their largest magnitudes, under delayed scaling by those of earlier steps, under blockwise by those of tiles and
-        blocks. None is the dtype of activations.
+        their largest magnitudes, under delayed scaling by those of earlier steps, under blockwise and mxfp8 by those of
+        tiles and blocks. None is the dtype of activations.
 
     Raises:
       ConfigError: the kernel that was asked for cannot do it.
@@ -59,5 +60,8 @@ class FusedExperts(Experts):
         if fp8.recipe == "blockwise":
             parts = grouped_blocks.LOOP_PARTS if gpu is None else block_parts()
             return grouped_blocks.block_grouped_kernel(parts, *FORMATS[fp8.format])
+        if fp8.recipe == "mxfp8":
+            parts = grouped_blocks.LOOP_PARTS if gpu is None else mx_parts()
+            return grouped_blocks.block_grouped_kernel(parts, *FORMATS[fp8.format], tile=MX_BLOCK, square=False)
         parts = grouped_fp8.LOOP_PARTS if gpu is None else fp8_parts_for(gpu)
         return grouped_fp8.fp8_grouped_kernel(parts, *FORMATS[fp8.format], wgrad=fp8.wgrad)

@@ -327,7 +327,7 @@ def test_resumes_with_the_same_bits_and_on_another_mesh(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "model"), [(TENSORWISE, "dense"), (DELAYED, "experts"), (MXFP8, "dense"), (BLOCKWISE, "dense")]
+    ("kernels", "model"), [(TENSORWISE, "dense"), (DELAYED, "experts"), (MXFP8, "experts"), (BLOCKWISE, "dense")]
 )
 def test_learns_as_well_as_without(kernels: KernelConfig, model: str) -> None:
     """Of the same batch seen again and again; delayed scaling begins with scales of 1."""

@@ -220,7 +220,8 @@ def test_what_experts_get() -> None:
     use = ExpertsUse(dtype="bfloat16", fp8="tensorwise")
     assert choose_experts(use, H100, "auto").kernel == "grouped-fp8"
     assert choose_experts(use, H100, "unfused").kernel == "blocks-fp8"
-    assert choose_experts(dataclasses.replace(use, fp8="blockwise"), H100, "auto").kernel == "grouped-fp8-blockwise"
+    for recipe in ("delayed", "blockwise", "mxfp8"):
+        assert choose_experts(dataclasses.replace(use, fp8=recipe), H100, "auto").kernel == f"grouped-fp8-{recipe}"
     misfit = choose_experts(dataclasses.replace(use, aligned=False), H100, "auto")
     assert (misfit.kernel, "or of 32 for fp8" in misfit.why) == ("blocks-fp8", True)
     padded = choose_experts(dataclasses.replace(use, padded=True), H100, "auto")
