@@ -1,7 +1,6 @@
 """The programs of generation on a mesh, of prompts and of one token more, for devices that need not exist."""
 
 # SPDX-License-Identifier: Apache-2.0
-# B requests, P prompt length
 from __future__ import annotations
 
 import time
@@ -16,9 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from megajax.backends import BackendSpecProvider
 from megajax.config import Config, ConfigError
 from megajax.data.tokenizers import build_tokenizer
-from megajax.inference.generate import Decoding, Sampling, boxed_cache, decode, prefill
+from megajax.inference.generate import Decoding, Prompt, Sampling, boxed_cache, decode, prefill
 from megajax.inference.layers import apart
-from megajax.models import language
 from megajax.models.family import Family
 from megajax.parallel import sharding
 from megajax.parallel.live_memory import LiveBuffer, compile_and_watch
@@ -34,7 +32,7 @@ _USUAL = Sampling()
 class InferenceProgram(NamedTuple):
     """The steps that `megajax.inference.generate.generate` is made of, each compiled by itself.
 
-    params, cache: shapes and places. prefill: `(params, cache, prompt [B, P], key) -> Decoding`, decode: `(params,
+    params, cache, prompt: shapes and places. prefill: `(params, cache, prompt, key) -> Decoding`, decode: `(params,
     Decoding, key) -> Decoding`; both donate the cache.
     """
 
@@ -48,6 +46,7 @@ class InferenceProgram(NamedTuple):
     length: int
     params: Any
     cache: Any
+    prompt: Prompt
     prefill: Any
     decode: Any
 
@@ -81,9 +80,17 @@ def build_inference_program(
             f" {mesh.size} devices; change one of them"
         )
     drawn = draw_up(config, family, mesh)
-    assert family.layer_segments is not None
+    assert family.layer_segments is not None and family.prompt is not None
     params = apart(drawn.params_in_use, family.layer_segments(drawn.model))
-    boxed = boxed_cache(drawn.model, params, batch=inference_max_requests, length=inference_max_seq_length)
+    prompt = {
+        name: jax.ShapeDtypeStruct(
+            array.shape,
+            array.dtype,
+            sharding=NamedSharding(mesh, sharding.spec_of(family.axes_of(name), drawn.rules.table)),
+        )
+        for name, array in family.prompt(config.model, inference_max_requests, inference_max_seq_length).items()
+    }
+    boxed = boxed_cache(drawn.model, params, prompt, length=inference_max_seq_length)
     specs = sharding.partition_specs(boxed, drawn.rules.table, mesh)
     cache = jax.tree.map(
         lambda box, spec: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=NamedSharding(mesh, spec)),
@@ -96,8 +103,8 @@ def build_inference_program(
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     model = drawn.model
 
-    def read(params: Any, cache: Any, prompt_BP: jax.Array, key: jax.Array) -> Decoding:
-        return prefill(model, params, cache, prompt_BP, key, sampling)
+    def read(params: Any, cache: Any, prompt: Prompt, key: jax.Array) -> Decoding:
+        return prefill(model, params, cache, prompt, key, sampling)
 
     def step(params: Any, state: Decoding, key: jax.Array) -> Decoding:
         return decode(model, params, state, key, sampling)
@@ -114,16 +121,17 @@ def build_inference_program(
         length=inference_max_seq_length,
         params=params,
         cache=cache,
+        prompt=prompt,
         prefill=jit(read),
         decode=jit(step),
     )
 
 
 def _check(config: Config, family: Family, requests: int, length: int) -> None:
-    if family.write is not language.write:
+    if family.prompt is None:
         from megajax.models.registry import FAMILIES
 
-        those = ", ".join(name for name, one in FAMILIES.items() if one.write is language.write)
+        those = ", ".join(name for name, one in FAMILIES.items() if one.prompt is not None)
         raise ConfigError(f"--model {family.name}: has no step that decodes with a cache; choose from {those}")
     for flag, value in (("--inference-max-requests", requests), ("--inference-max-seq-length", length)):
         if value < 1:
@@ -187,9 +195,7 @@ def compile_inference(
             inputs, prompt = (state.token, state.position), 1
             lowered = program.decode.lower(program.params, state, key)
         else:
-            place = NamedSharding(program.mesh, sharding.spec_of(("batch", None), program.rules.table))
-            inputs = jax.ShapeDtypeStruct((program.requests, program.length), jnp.int32, sharding=place)
-            prompt = program.length
+            inputs, prompt = program.prompt, program.length
             lowered = program.prefill.lower(program.params, program.cache, inputs, key)
         traced = time.monotonic()
         executable, live = compile_and_watch(lowered)

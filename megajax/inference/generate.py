@@ -1,17 +1,17 @@
-"""Text from a decoder-only model: a key/value cache, one prefill, then one token at a time."""
+"""Text from a model that writes: a cache of what it has read, one prefill, then one token at a time."""
 
 # SPDX-License-Identifier: Apache-2.0
-# B batch, P prompt length, T longest sequence, V vocabulary
+# B batch, P prompt length, V vocabulary
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from megajax.config import ConfigError
 from megajax.inference.layers import alike
@@ -20,6 +20,8 @@ from megajax.parallel.sharding import is_box
 from megajax.xla_flags import gpu_options, options_in_force
 
 Array = jax.Array
+Prompt = Mapping[str, Any]
+"""What a model reads before it writes: arrays [B, ...] by name, or their shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +61,18 @@ def sample_token(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-def boxed_cache(model: nn.Module, params: Any, *, batch: int, length: int) -> Any:
-    """Shapes of what every layer keeps of `length` positions, in boxes that hold their logical axes as well."""
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    boxed = jax.eval_shape(partial(model.init, cache_position=0), jax.random.key(0), tokens)["cache"]
-    return alike(boxed, params)
+def boxed_cache(model: Any, params: Any, prompt: Prompt, *, length: int) -> Any:
+    """Shapes of what every layer keeps of `length` positions, in boxes that hold their logical axes as well.
+
+    prompt: or its shapes.
+    """
+    make = partial(model.init, length=length, method="reserve")
+    return alike(jax.eval_shape(make, jax.random.key(0), prompt)["cache"], params)
 
 
-def init_cache(model: nn.Module, params: Any, *, batch: int, length: int) -> Any:
+def init_cache(model: Any, params: Any, prompt: Prompt, *, length: int) -> Any:
     """Empty keys and values, or states, for `length` positions of every layer; stacked as the parameters are."""
-    shapes = boxed_cache(model, params, batch=batch, length=length)
+    shapes = boxed_cache(model, params, prompt, length=length)
     return jax.tree.map(lambda box: jnp.zeros(box.value.shape, box.value.dtype), shapes, is_leaf=is_box)
 
 
@@ -80,34 +84,29 @@ class Decoding(NamedTuple):
     position: Array
 
 
-def prefill(model: nn.Module, params: Any, cache: Any, prompt_BP: Array, key: Array, sampling: Sampling) -> Decoding:
-    """Reads the prompts, int [B, P], into an empty cache and chooses the token after each."""
-    logits_BV, cache = _forward(model, params, cache, prompt_BP, 0)
-    return Decoding(cache, sample_token(logits_BV, key, sampling), jnp.int32(prompt_BP.shape[1]))
+def prefill(model: Any, params: Any, cache: Any, prompt: Prompt, key: Array, sampling: Sampling) -> Decoding:
+    """Reads the prompts into an empty cache and chooses the token after each."""
+    logits_BV, cache = _apply(model, "read", params, cache, prompt)
+    return Decoding(cache, sample_token(logits_BV, key, sampling), jnp.int32(model.prompt_slots(prompt)))
 
 
-def decode(model: nn.Module, params: Any, state: Decoding, key: Array, sampling: Sampling) -> Decoding:
+def decode(model: Any, params: Any, state: Decoding, key: Array, sampling: Sampling) -> Decoding:
     """One token more."""
-    logits_BV, cache = _forward(model, params, state.cache, state.token[:, None], state.position)
+    logits_BV, cache = _apply(model, "read_on", params, state.cache, state.token, state.position)
     return Decoding(cache, sample_token(logits_BV, key, sampling), state.position + 1)
 
 
-def _forward(model: nn.Module, params: Any, cache: Any, tokens_BS: Array, position: Array | int) -> tuple[Array, Any]:
-    """(logits after the last token [B, V], cache)."""
-    logits_B1V, updated = model.apply(
-        {"params": params, "cache": cache},
-        tokens_BS,
-        cache_position=position,
-        materialize_only_last_token_logits=True,
-        mutable=["cache"],
-    )
-    return logits_B1V[:, -1], updated["cache"]
+def _apply(model: Any, method: str, params: Any, cache: Any, *inputs: Any) -> tuple[Array, Any]:
+    """(logits [B, V], cache)."""
+    variables = {"params": params, "cache": cache}
+    logits_BV, updated = model.apply(variables, *inputs, method=method, mutable=["cache"])
+    return logits_BV, updated["cache"]
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     params: Any,
-    prompt_BP: Array,
+    prompt: Array | Prompt,
     *,
     num_tokens: int,
     sampling: Sampling = Sampling(),
@@ -116,24 +115,24 @@ def generate(
     """Continues each prompt by `num_tokens` tokens.
 
     Args:
-      model: called as `GPTModel` is, with `cache_position`, `materialize_only_last_token_logits` and a "cache".
+      model: with `prompt_slots`, `reserve`, `read` and `read_on`, as `GPTModel` has them.
       params: the model's, its layers stacked or apart (`megajax.inference.layers`).
-      prompt_BP: int [B, P], P at least 1.
+      prompt: int [B, P], P at least 1; or arrays by name, as the model reads them.
       key: needed unless sampling.temperature is 0.
 
     Returns:
       The new tokens, int32 [B, num_tokens].
     """
-    B, P = prompt_BP.shape
-    if P == 0:
+    prompt = prompt if isinstance(prompt, Mapping) else {"tokens": prompt}
+    if any(array.size == 0 for array in prompt.values()):
         raise ConfigError("the prompt is empty; give at least one token")
     if key is None:
         if sampling.temperature > 0:
             raise ConfigError(f"temperature={sampling.temperature} samples at random, which needs a key")
         key = jax.random.key(0)
-    cache = init_cache(model, params, batch=B, length=P + num_tokens)
+    cache = init_cache(model, params, prompt, length=model.prompt_slots(prompt) + num_tokens)
     on_gpu = gpu_capability(jax.devices()[0]) is not None
-    return _program(on_gpu)(model, params, cache, prompt_BP, key, num_tokens, sampling)
+    return _program(on_gpu)(model, params, cache, prompt, key, num_tokens, sampling)
 
 
 @cache
@@ -143,12 +142,12 @@ def _program(on_gpu: bool) -> Any:
 
 
 def _write(
-    model: nn.Module, params: Any, cache: Any, prompt_BP: Array, key: Array, num_tokens: int, sampling: Sampling
+    model: Any, params: Any, cache: Any, prompt: Prompt, key: Array, num_tokens: int, sampling: Sampling
 ) -> Array:
     def one(state: Decoding, index: Array) -> tuple[Decoding, Array]:
         state = decode(model, params, state, jax.random.fold_in(key, index), sampling)
         return state, state.token
 
-    state = prefill(model, params, cache, prompt_BP, jax.random.fold_in(key, 0), sampling)
+    state = prefill(model, params, cache, prompt, jax.random.fold_in(key, 0), sampling)
     _, rest = jax.lax.scan(one, state, jnp.arange(1, num_tokens))
     return jnp.concatenate([state.token[:, None], rest.T], axis=1)

@@ -131,6 +131,8 @@ class Family:
       baseline: (config, data sets) -> (name, loss) of the line in the loss plot, or None.
       epilogue: what a finished run prints: the held-out measure that matters, beside what it must beat; a sample.
       write: how it continues text, for `python -m megajax.generate`; None where it does not.
+      prompt: (model config, requests, length) -> arrays of shape and dtype by name that its model reads before it
+        writes, which fill a cache of `length` tokens. None: it has no cache, or writes nothing.
       adds_up_apart: whether devices that see a part of a microbatch each, and sum what is to be summed over it
         (`megajax.ops.across`), compute parts of its loss: of other samples ("batch"), also of other tokens ("seq").
       pipeline_pieces: model -> the pieces that a pipeline calls. None: the family has no pipeline.
@@ -157,6 +159,7 @@ class Family:
     baseline: Callable[[Config, Datasets], tuple[str, float] | None] = language.baseline
     epilogue: Callable[[Finished], Iterable[str]] = language.epilogue
     write: Write | None = None
+    prompt: Callable[[Any, int, int], Mapping[str, jax.ShapeDtypeStruct]] | None = None
     adds_up_apart: tuple[Literal["batch", "seq"], ...] = ()
     pipeline_pieces: Callable[[nn.Module], Pieces] | None = None
     layer_segments: Callable[[nn.Module], Mapping[tuple[str, ...], tuple[Segment, ...]]] | None = None

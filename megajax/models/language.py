@@ -109,6 +109,14 @@ def prompt_tokens(config: Config, tokenizer: Tokenizer) -> list[int]:
     return ids or [tokenizer.eod]
 
 
+def prompt(config: TransformerConfig, requests: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Prompts that fill a cache."""
+    import jax
+
+    del config
+    return {"tokens": jax.ShapeDtypeStruct((requests, length), "int32")}
+
+
 def write(
     model: nn.Module, params: Any, prompt: Sequence[int], *, num_tokens: int, sampling: Sampling, key: jax.Array
 ) -> list[int]:

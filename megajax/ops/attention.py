@@ -54,7 +54,8 @@ class AttentionMask:
         seen: then a cache need not be read, and flash kernels can do it. None where it is not.
         """
         first = isinstance(self.offset, int) and self.offset == 0 and self.causal
-        return dataclasses.replace(self, offset=None) if first and self.keep is None else None
+        of_all_keys = self.keep is not None or self.bias is not None
+        return dataclasses.replace(self, offset=None) if first and not of_all_keys else None
 
     def dense(self, S: int, T: int) -> Array | None:
         """The same as bool, broadcastable to [B, 1, S, T], True = attend; None when everything is visible."""

@@ -206,12 +206,14 @@ class CrossAttention(nn.Module):
     def __call__(
         self,
         x_BSD: Array,
-        context_BTE: Array,
+        context_BTE: Array | None,
         *,
         mask: AttentionMask,
         rotary: tuple[Rotary, Rotary] | None = None,
+        decode: bool = False,
         deterministic: bool = True,
     ) -> Array:
+        """With `decode`, the context's keys and values stay in the "cache" collection; later calls have no context."""
         cfg, sub = self.config, self.submodules
         N, K = cfg.num_attention_heads, cfg.kv_channels
         assert K is not None
@@ -222,10 +224,15 @@ class CrossAttention(nn.Module):
             return constrain(y.reshape(*inputs.shape[:2], N, K), "batch", "seq", "act_heads", None)
 
         q_BSNK = heads(sub.linear_q, "linear_q", x_BSD)
-        k_BTNK = heads(sub.linear_kv, "linear_k", context_BTE)
-        v_BTNK = heads(sub.linear_kv, "linear_v", context_BTE)
-        if rotary is not None:
-            q_BSNK, k_BTNK = apply_rotary(q_BSNK, rotary[0]), apply_rotary(k_BTNK, rotary[1])
+        q_BSNK = q_BSNK if rotary is None else apply_rotary(q_BSNK, rotary[0])
+        if context_BTE is None:
+            k_BTNK, v_BTNK = (read(kept) for kept in self.get_variable("cache", "kv"))
+        else:
+            k_BTNK = heads(sub.linear_kv, "linear_k", context_BTE)
+            v_BTNK = heads(sub.linear_kv, "linear_v", context_BTE)
+            k_BTNK = k_BTNK if rotary is None else apply_rotary(k_BTNK, rotary[1])
+            if decode:
+                self._keep(k_BTNK, v_BTNK)
         core = sub.core_attention(config=cfg, name="core_attention")
         y_BSNK = recomputed(core, "core_attn", cfg)(q_BSNK, k_BTNK, v_BTNK, mask=mask, deterministic=deterministic)
         y_BSE = constrain(y_BSNK.reshape(*y_BSNK.shape[:2], -1), "batch", "seq", "act_heads")
@@ -233,3 +240,12 @@ class CrossAttention(nn.Module):
             config=cfg, features=cfg.hidden_size, axis="heads", use_bias=cfg.add_attention_proj_bias, name="linear_proj"
         )(y_BSE)
         return constrain(y_BSD, "batch", "residual_seq", "act_embed")
+
+    def _keep(self, k_BTNK: Array, v_BTNK: Array) -> None:
+        axes = ("batch", None, "act_heads", None)
+        cache = self.variable(
+            "cache", "kv", lambda: KVCache(*(empty(x.shape, x.dtype, *axes) for x in (k_BTNK, v_BTNK)))
+        )
+        if not self.is_initializing():
+            start = (0, 0, 0, 0)
+            cache.value = KVCache(write(cache.value.key, k_BTNK, start), write(cache.value.value, v_BTNK, start))

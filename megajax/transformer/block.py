@@ -60,8 +60,8 @@ class TransformerBlock(nn.Module):
 
     The layers' parameters are held here, stacked, and each layer is applied as a pure function of its slice. So the
     order of execution (scan, recomputation in groups, a pipeline) is free and the parameter tree is not touched
-    by it. Layer i draws its dropout from a key folded with i, whatever runs it. With `decode`, a tuple of the layers'
-    own trees, of parameters and of caches, may stand in the place of a stack (`megajax.inference.layers`).
+    by it. Layer i draws its dropout from a key folded with i, whatever runs it. Where nothing is
+    trained, a tuple of the layers' own trees may stand in the place of a stack (`megajax.inference.layers`).
 
     Attributes:
       layer_specs: one builder for each layer.
@@ -248,9 +248,10 @@ def _run_segment(
 
     rows = tuple(run.rows[stack.name] if run.rows else StackRows(_layer_indices(stack)) for stack in segment.stacks)
     xs, width = (variables, rows), len(segment.stacks)
+    if isinstance(variables[0]["params"], tuple):
+        return _run_in_turn(step, x_BSD, variables, rows)
     if run.decode:
-        one_by_one = isinstance(variables[0]["params"], tuple)
-        return (_run_in_turn if one_by_one else _scan_in_place)(step, x_BSD, variables, rows)
+        return _scan_in_place(step, x_BSD, variables, rows)
     if config.recompute_granularity != "full":
         return jax.lax.scan(step, x_BSD, xs)
     asked = config.recompute_num_layers or 1

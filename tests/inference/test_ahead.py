@@ -14,6 +14,8 @@ from megajax.data.tokenizers import build_tokenizer
 from megajax.inference.ahead import build_inference_program
 from megajax.inference.generate import Sampling, generate, init_cache
 from megajax.inference.layers import apart
+from megajax.models.family import Family
+from megajax.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX
 from megajax.models.registry import FAMILIES
 from megajax.training.setup import fit_config
 
@@ -31,6 +33,8 @@ CASES = {
         "mamba",
         "--hybrid-override-pattern M*M- --mamba-num-heads 8 --mamba-head-dim 16 --mamba-num-groups 2 --tp 2",
     ),
+    "encoder and decoder": ("t5", "--tp 2"),
+    "images": ("llava", "--tp 2 --vision-num-layers 1"),
 }
 
 
@@ -40,19 +44,32 @@ def _config(family: str, flags: str) -> Config:
     return fit_config(config, FAMILIES[family], build_tokenizer("byte"))
 
 
+def _prompt(config: Config, family: Family, requests: int, length: int) -> dict[str, Any]:
+    """Random texts, the second half of the last one hidden where texts have masks; an image at the start of each."""
+    assert family.prompt is not None
+    random, arrays = np.random.default_rng(0), {}
+    for name, like in family.prompt(config.model, requests, length).items():
+        kind = np.dtype(like.dtype).kind
+        values: Any = random.integers(1, 96, like.shape) if kind == "i" else random.normal(size=like.shape)
+        arrays[name] = np.ones(like.shape, bool) if kind == "b" else values.astype(like.dtype)
+        if kind == "b":
+            arrays[name][-1, length // 2 :] = False
+    if "images" in arrays:
+        arrays["tokens"][:, 0] = DEFAULT_IMAGE_TOKEN_INDEX
+    return arrays
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_mesh_writes_what_one_device_writes(case: str) -> None:
     family, flags = CASES[case]
     B, P, new = 8, 5, 6
-    prompt: Any = np.random.default_rng(0).integers(0, 256, size=(B, P)).astype(np.int32)
+    config = _config(family, flags)
+    prompt = _prompt(config, FAMILIES[family], B, P)
     program: Any = build_inference_program(
-        _config(family, flags),
-        FAMILIES[family],
-        inference_max_requests=B,
-        inference_max_seq_length=P + new,
-        sampling=GREEDY,
+        config, FAMILIES[family], inference_max_requests=B, inference_max_seq_length=P + new, sampling=GREEDY
     )
-    params = nn.unbox(program.model.init(jax.random.key(1), prompt))["params"]
+    variables = program.model.init(jax.random.key(1), prompt, P + new, method="reserve")
+    params = nn.unbox(variables)["params"]
     expected = generate(program.model, params, prompt, num_tokens=new, sampling=GREEDY)
 
     def placed(tree: Any, like: Any) -> Any:
@@ -60,7 +77,7 @@ def test_a_mesh_writes_what_one_device_writes(case: str) -> None:
 
     segments: Any = FAMILIES[family].layer_segments
     params = apart(params, segments(program.model))
-    empty = init_cache(program.model, params, batch=B, length=P + new)
+    empty = init_cache(program.model, params, prompt, length=P + new)
     params, cache = placed(params, program.params), placed(empty, program.cache)
     key = jax.random.key(0)
     with jax.set_mesh(program.mesh), nn.logical_axis_rules(tuple(program.rules.table.items())):
@@ -71,5 +88,5 @@ def test_a_mesh_writes_what_one_device_writes(case: str) -> None:
             state = program.decode(params, state, key)
             assert all(array.is_deleted() for array in before), "the cache is donated"
             tokens.append(np.asarray(state.token))
-    assert int(state.position) == P + new - 1
+    assert int(state.position) == program.model.prompt_slots(prompt) + new - 1
     np.testing.assert_array_equal(np.stack(tokens, axis=1), expected)

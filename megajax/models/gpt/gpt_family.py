@@ -160,6 +160,7 @@ GPT = Family(
     loss=loss,
     example_inputs=example_inputs,
     write=language.write,
+    prompt=language.prompt,
     adds_up_apart=("batch", "seq"),
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,

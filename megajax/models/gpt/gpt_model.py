@@ -281,6 +281,25 @@ class GPTModel(nn.Module):
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids)
         return LayerInputs(mask, rotary, aux_weight=aux_weight)
 
+    # Generation calls the model in these ways; see `megajax.inference.generate`.
+
+    @nn.nowrap
+    def prompt_slots(self, prompt: Mapping[str, Array]) -> int:
+        """Positions of the cache that a prompt, "tokens" int [B, P], takes."""
+        return prompt["tokens"].shape[1]
+
+    def reserve(self, prompt: Mapping[str, Array], length: int) -> Array:
+        """For `init`, which makes a cache of `length` positions."""
+        return self(jnp.zeros((prompt["tokens"].shape[0], length), jnp.int32), cache_position=0)
+
+    def read(self, prompt: Mapping[str, Array]) -> Array:
+        """Logits fp32 [B, V] after prompts that an empty cache takes in."""
+        return self(prompt["tokens"], cache_position=0, materialize_only_last_token_logits=True)[:, -1]
+
+    def read_on(self, token_B: Array, position: Array) -> Array:
+        """Logits fp32 [B, V] after one token more, which is the cache's at `position`."""
+        return self(token_B[:, None], cache_position=position, materialize_only_last_token_logits=True)[:, -1]
+
     # A pipeline calls the model in three pieces, each with its own part of the parameters.
 
     def embed(self, tokens: Array, position_ids: Array, *, deterministic: bool) -> Array:

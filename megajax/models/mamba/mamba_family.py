@@ -156,6 +156,7 @@ HYBRIDS = Family(
     loss=gpt_family.loss,
     example_inputs=gpt_family.example_inputs,
     write=language.write,
+    prompt=language.prompt,
     fit=fit,
     flops=flops,
     adds_up_apart=("batch", "seq"),

@@ -162,6 +162,18 @@ def example_inputs(config: LLaVAConfig, batch: int, seq_length: int) -> tuple[An
     return images, jnp.zeros((batch, seq_length), jnp.int32)
 
 
+def prompt(config: LLaVAConfig, requests: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Texts with an image each, which fill a cache."""
+    import jax
+
+    image = 0 if config.image_placeholders == "each" else config.img_seq_len - 1
+    if length <= image + 1:
+        raise ConfigError(f"a cache of {length} tokens has no room for an image, which takes {image + 1}; raise it")
+    pixels = (requests, 1, config.vision_num_channels, config.img_h, config.img_w)
+    tokens = jax.ShapeDtypeStruct((requests, length - image), "int32")
+    return {"images": jax.ShapeDtypeStruct(pixels, "float32"), "tokens": tokens}
+
+
 def flops(config: LLaVAConfig, *, batch_size: int, seq_length: int) -> int:
     """Model FLOPs of a training step with one tile a sample; seq_length: what the language model sees."""
     tower, projection = config.vision_config, config.projection_config
@@ -256,6 +268,7 @@ LLAVA = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    prompt=prompt,
     adds_up_apart=("batch",),
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,

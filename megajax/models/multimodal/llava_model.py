@@ -217,6 +217,36 @@ class LLaVAModel(nn.Module):
             hidden_BSD, self.language_model.output_weight(), _in_order(self._labels(slots, labels)), weights, cfg
         )
 
+    # Generation calls the model in these ways; see `megajax.inference.generate`.
+
+    @nn.nowrap
+    def prompt_slots(self, prompt: Mapping[str, Array]) -> int:
+        """Positions of the cache that a prompt takes: "tokens" int [B, T], each row with as many images in it, of one
+        tile each, as "images" [B, N, C, H, W] has.
+        """
+        tokens, images = prompt["tokens"].shape[1], prompt["images"].shape[1]
+        each = self.config.image_placeholders == "each"
+        return tokens if each else tokens + images * (self.config.img_seq_len - 1)
+
+    def reserve(self, prompt: Mapping[str, Array], length: int) -> Array:
+        """For `init`, which makes a cache of `length` positions."""
+        return self(None, jnp.zeros((prompt["tokens"].shape[0], length), jnp.int32), cache_position=0)
+
+    def read(self, prompt: Mapping[str, Array]) -> Array:
+        """Logits fp32 [B, V] after prompts that an empty cache takes in."""
+        arguments = (prompt["images"], prompt["tokens"], None, self.prompt_slots(prompt), None, None, None, True)
+        _, x_BSD, inputs = self._merged(*arguments)
+        return self._last_logits(None, decoder_input=x_BSD, cache_position=0, **inputs)
+
+    def read_on(self, token_B: Array, position: Array) -> Array:
+        """Logits fp32 [B, V] after one token of text more, which is the cache's at `position`."""
+        return self._last_logits(token_B[:, None], cache_position=position)
+
+    def _last_logits(self, tokens: Array | None, **inputs: Any) -> Array:
+        hidden_BSD = self.language_model.hidden_states(tokens, **inputs)[:, -1:]
+        weight = self.language_model.output_weight()
+        return language_model_logits(hidden_BSD, weight, self.config.language_config)[:, -1]
+
     # A pipeline calls the model in three pieces, each with its own part of the parameters. The tower belongs to the
     # first, which all stages run alike. Arguments as for `loss_sum`; `text` has all but images and labels.
 

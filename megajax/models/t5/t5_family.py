@@ -147,6 +147,15 @@ def example_inputs(config: T5Config, batch: int, seq_length: int) -> tuple[Any, 
     return jnp.zeros((batch, seq_length), jnp.int32), jnp.zeros((batch, written), jnp.int32)
 
 
+def prompt(config: T5Config, requests: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Texts to read, as long as what is written about them may become."""
+    import jax
+
+    del config
+    shapes = {"encoder_input": (length, "int32"), "encoder_mask": (length, "bool"), "decoder_input": (1, "int32")}
+    return {name: jax.ShapeDtypeStruct((requests, n), dtype) for name, (n, dtype) in shapes.items()}
+
+
 def fit(config: Config, tokenizer: Tokenizer) -> Config:
     """The config with the vocabulary that tokenizer and special tokens need, and the decoder's length."""
     from megajax.data.sentences import refuse_packing
@@ -233,18 +242,14 @@ def _filled_in(finished: Finished, sample: dict[str, np.ndarray], config: Config
     import jax.numpy as jnp
     import numpy as np
 
-    from megajax.models.t5.t5_generate import generate_greedy
+    from megajax.inference.generate import Sampling, generate
 
     model: Any = config.model
     special = t5_data.t5_tokens(finished.tokenizer, model.vocab_extra_ids).ids
-    written = generate_greedy(
-        finished.model,  # type: ignore[arg-type]
-        finished.params,
-        jnp.asarray(sample["encoder_input"])[None],
-        encoder_mask=jnp.asarray(sample["encoder_mask"])[None],
-        start=special["bos"],
-        length=model.decoder_seq_length,
-    )
+    prompt = {name: jnp.asarray(sample[name])[None] for name in ("encoder_input", "encoder_mask")}
+    prompt["decoder_input"] = jnp.full((1, 1), special["bos"], jnp.int32)
+    length, greedy = model.decoder_seq_length, Sampling(temperature=0)
+    written = generate(finished.model, finished.params, prompt, num_tokens=length, sampling=greedy)
     sentinels = {special[f"sentinel_{i}"] for i in range(model.vocab_extra_ids)}
     spans: dict[int, list[int]] = {}
     current: list[int] = []
@@ -293,6 +298,7 @@ T5 = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    prompt=prompt,
     adds_up_apart=("batch",),
     pipeline_pieces=pipeline_pieces,
     layer_segments=layer_segments,

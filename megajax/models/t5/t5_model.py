@@ -29,6 +29,7 @@ from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import constrain
 from megajax.spec import Builder
 from megajax.transformer.block import LayerInputs, StackRows, TransformerBlock
+from megajax.transformer.cache import empty
 
 Array = jax.Array
 Spec = Builder | tuple[Builder, ...]
@@ -173,26 +174,46 @@ class T5Model(nn.Module):
     def decode(
         self,
         decoder_input: Array,
-        encoder_hidden_states: Array,
+        encoder_hidden_states: Array | None,
         *,
         encoder_mask: Array | None = None,
         decoder_mask: Array | None = None,
+        cache_position: Array | int | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """What the output layer reads, [B, S, D]. Arguments as for `__call__`."""
-        x_BSD = self._embed(decoder_input, deterministic)
-        inputs = self._decoder_inputs(x_BSD, encoder_hidden_states, encoder_mask, decoder_mask)
-        return self._scaled(self.decoder(x_BSD, inputs, deterministic=deterministic))
+        """What the output layer reads, [B, S, D]. Arguments as for `__call__`.
+
+        cache_position: index of decoder_input[:, 0] in a "cache" collection, which supplies what was written before,
+        and, without `encoder_hidden_states`, the text.
+        """
+        x_BSD = self._embed(decoder_input, deterministic, 0 if cache_position is None else cache_position)
+        inputs = self._decoder_inputs(x_BSD, encoder_hidden_states, encoder_mask, decoder_mask, cache_position)
+        decode = cache_position is not None
+        return self._scaled(self.decoder(x_BSD, inputs, decode=decode, deterministic=deterministic))
 
     def _decoder_inputs(
-        self, x_BSD: Array, context_BTD: Array, encoder_mask: Array | None, decoder_mask: Array | None
+        self,
+        x_BSD: Array,
+        context_BTD: Array | None,
+        encoder_mask: Array | None,
+        decoder_mask: Array | None,
+        cache_position: Array | int | None = None,
     ) -> LayerInputs:
-        S = x_BSD.shape[1]
-        bias = self.decoder_relative_pos_emb(S, S) if self._is_relative else None
-        mask = AttentionMask(causal=True, keep=_keys(decoder_mask), bias=bias)
-        # Gathered once from sequence parallelism, for the keys and values of all layers.
-        context_BTD = constrain(context_BTD, "batch", "seq", "act_embed")
-        return LayerInputs(mask, self._rotary(S), context_BTD, AttentionMask(keep=_keys(encoder_mask)))
+        S, first = x_BSD.shape[1], 0 if cache_position is None else cache_position
+        keys = S if cache_position is None else self._cached_positions(S)
+        bias = self.decoder_relative_pos_emb(S, keys, first) if self._is_relative else None
+        mask = AttentionMask(causal=True, keep=_keys(decoder_mask), bias=bias, offset=cache_position)
+        if context_BTD is not None:
+            # Gathered once from sequence parallelism, for the keys and values of all layers.
+            context_BTD = constrain(context_BTD, "batch", "seq", "act_embed")
+        return LayerInputs(mask, self._rotary(S, first), context_BTD, AttentionMask(keep=_keys(encoder_mask)))
+
+    def _cached_positions(self, written: int) -> int:
+        """Of what is written, those that the cache has room for: the length of an array that is nothing but long."""
+        if self.is_initializing():
+            self.put_variable("cache", "positions", empty((written,), jnp.int8, None))
+            return written
+        return self.get_variable("cache", "positions").shape[0]
 
     def _scaled(self, hidden_BSD: Array) -> Array:
         cfg = self.resolved_config
@@ -217,6 +238,39 @@ class T5Model(nn.Module):
     def _loss_sum(self, hidden_BSD: Array, labels: Array, weights: Array) -> FusedLoss:
         cfg = self.resolved_config
         return language_model_loss_sum(hidden_BSD, self.output_weight(), labels, weights, cfg, self._bias())
+
+    # Generation calls the model in these ways; see `megajax.inference.generate`.
+
+    @nn.nowrap
+    def prompt_slots(self, prompt: Mapping[str, Array]) -> int:
+        """Positions of the decoder's cache that are taken once the text is read: what is written begins there."""
+        return prompt["decoder_input"].shape[1]
+
+    def reserve(self, prompt: Mapping[str, Array], length: int) -> Array:
+        """For `init`, which makes a cache of `length` positions of what is written, and one of the text."""
+        written = jnp.zeros((prompt["decoder_input"].shape[0], length), jnp.int32)
+        return self.read({**prompt, "decoder_input": written})
+
+    def read(self, prompt: Mapping[str, Array]) -> Array:
+        """Logits fp32 [B, V] after a text, "encoder_input" int [B, T], of which "encoder_mask" [B, T] says what there
+        is, and the beginning of what is written, "decoder_input" int [B, S]. The encoder runs here alone.
+        """
+        context_BTD = self.encode(prompt["encoder_input"], encoder_mask=prompt["encoder_mask"])
+        given = prompt["encoder_mask"].astype(bool)
+        kept = empty(given.shape, bool, "batch", None) if self.is_initializing() else given
+        self.put_variable("cache", "encoder_mask", kept)
+        return self._last_logits(
+            self.decode(prompt["decoder_input"], context_BTD, encoder_mask=given, cache_position=0)
+        )
+
+    def read_on(self, token_B: Array, position: Array) -> Array:
+        """Logits fp32 [B, V] after one token more, which is the cache's at `position`."""
+        given = self.get_variable("cache", "encoder_mask")
+        return self._last_logits(self.decode(token_B[:, None], None, encoder_mask=given, cache_position=position))
+
+    def _last_logits(self, hidden_BSD: Array) -> Array:
+        cfg = self.resolved_config
+        return language_model_logits(hidden_BSD[:, -1:], self.output_weight(), cfg, self._bias())[:, -1]
 
     # A pipeline calls the model in four pieces, each with its own part of the parameters. The encoder's final norm is
     # the decoder's to run: what goes from stage to stage is the residual stream before it.
@@ -251,11 +305,11 @@ class T5Model(nn.Module):
     def _is_relative(self) -> bool:
         return self.resolved_config.position_embedding_type == "relative"
 
-    def _embed(self, tokens: Array, deterministic: bool) -> Array:
-        return self.embedding(tokens, _positions(tokens.shape[1]), deterministic=deterministic)
+    def _embed(self, tokens: Array, deterministic: bool, first: Array | int = 0) -> Array:
+        return self.embedding(tokens, _positions(tokens.shape[1]) + first, deterministic=deterministic)
 
-    def _rotary(self, length: int) -> Rotary | None:
-        return None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(_positions(length))
+    def _rotary(self, length: int, first: Array | int = 0) -> Rotary | None:
+        return None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(_positions(length) + first)
 
     def _bias(self) -> Array | None:
         return self.output_layer.bias if self.resolved_config.output_layer_bias else None

@@ -30,7 +30,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 def decode(model: Any, params: Any, tokens: Any, prefill: int, length: int) -> tuple[Any, Any]:
     """(logits of the last prompt token and of every later one [B, steps, V], cache)."""
-    cache = init_cache(model, params, batch=tokens.shape[0], length=length)
+    cache = init_cache(model, params, {"tokens": tokens}, length=length)
 
     @jax.jit
     def step(cache: Any, tokens: Any, position: Any) -> Any:

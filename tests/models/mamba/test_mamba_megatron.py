@@ -86,7 +86,7 @@ def test_decoding_and_its_states_equal_megatrons():
         return logits[:, -1], updated["cache"]
 
     # What another sequence has left in the cache is forgotten at position 0.
-    cache = init_cache(pretrained.model, pretrained.params, batch=2, length=tokens.shape[1])
+    cache = init_cache(pretrained.model, pretrained.params, {"tokens": tokens}, length=tokens.shape[1])
     cache = jax.tree.map(lambda leaf: leaf + 1, cache)
     logits, cache = step(cache, tokens[:, :prefill], 0)
     steps = [logits]

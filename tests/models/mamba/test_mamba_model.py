@@ -79,7 +79,7 @@ def test_padding_on_the_left_changes_nothing():
 
 def test_chunks_of_a_cached_sequence():
     model, params = model_and_params()
-    cache = init_cache(model, params, batch=2, length=11)
+    cache = init_cache(model, params, {"tokens": TOKENS}, length=11)
     parts, position = [], 0
     for length in (5, 1, 3, 2):
         tokens = TOKENS[:, position : position + length]

@@ -61,7 +61,7 @@ def test_blocks_are_shared_and_adapters_are_not():
 def test_chunks_of_a_cached_sequence():
     model, params = model_and_params()
     whole = model.apply({"params": params}, TOKENS)
-    cache = init_cache(model, params, batch=2, length=11)
+    cache = init_cache(model, params, {"tokens": TOKENS}, length=11)
     parts, position = [], 0
     for length in (5, 1, 5):
         tokens = TOKENS[:, position : position + length]

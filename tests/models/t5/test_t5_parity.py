@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from megajax.inference.generate import Sampling, generate, init_cache
+from megajax.inference.layers import apart
 from megajax.interop import hf, hf_architecture, megatron
 from megajax.interop.pretrained import Pretrained
-from megajax.models.t5.t5_generate import generate_greedy
+from megajax.models.t5.t5_config import T5Config
+from megajax.models.t5.t5_family import layer_segments
+from megajax.models.t5.t5_model import T5Model
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MCORE, HF = "mcore_t5_relative", "hf_t5_v1_0"
@@ -121,19 +125,44 @@ def test_hf_weights_and_config_round_trip(tmp_path: Path) -> None:
     assert hf.load(tmp_path).config == pretrained.config
 
 
-def test_greedy_writing_equals_transformers() -> None:
+@pytest.mark.parametrize("layers", ["stacked", "apart"])
+def test_greedy_writing_equals_transformers(layers: str) -> None:
     pretrained, expected = hf.load(GOLDEN / HF), np.load(GOLDEN / HF / "generate.npz")
     sequences: Any = expected["sequences"]
-    model: Any = pretrained.model
-    written = generate_greedy(
-        model,
-        pretrained.params,
-        expected["in_input_ids"],
-        encoder_mask=expected["in_attention_mask"],
-        start=int(sequences[0, 0]),
-        length=sequences.shape[1] - 1,
-    )
+    params = pretrained.params if layers == "stacked" else apart(pretrained.params, layer_segments(pretrained.model))
+    prompt = {
+        "encoder_input": expected["in_input_ids"],
+        "encoder_mask": expected["in_attention_mask"],
+        "decoder_input": sequences[:, :1],
+    }
+    length, greedy = sequences.shape[1] - 1, Sampling(temperature=0)
+    written = generate(pretrained.model, params, prompt, num_tokens=length, sampling=greedy)
     np.testing.assert_array_equal(written, sequences[:, 1:])
+
+
+@pytest.mark.parametrize("positions", ["relative", "rope", "learned_absolute"])
+def test_cached_steps_equal_the_full_pass(positions: Any) -> None:
+    config = T5Config(
+        num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=31, max_sequence_length=12,
+        position_embedding_type=positions, init_method_std=0.3, relative_attention_num_buckets=4,
+        relative_attention_max_distance=4,
+    )  # fmt: skip
+    model, random = T5Model(config), np.random.default_rng(0)
+    text, written = random.integers(1, 31, (2, 9)), random.integers(1, 31, (2, 7))
+    seen = np.ones(text.shape, bool)
+    seen[1, 5:] = False
+    params: Any = model.init(jax.random.key(0), text, written)["params"]
+    full = model.apply({"params": params}, text, written, encoder_mask=seen)
+    prompt: Any = {"encoder_input": text, "encoder_mask": seen, "decoder_input": written[:, :3]}
+    cache = init_cache(model, params, prompt, length=8)
+    apply = jax.jit(functools.partial(model.apply, mutable=["cache"]), static_argnames="method")
+    logits, updated = apply({"params": params, "cache": cache}, prompt, method="read")
+    rows = [logits]
+    for position in range(3, 7):
+        variables = {"params": params, "cache": updated["cache"]}
+        logits, updated = apply(variables, written[:, position], position, method="read_on")
+        rows.append(logits)
+    np.testing.assert_allclose(np.stack(rows, axis=1), full[:, 2:], atol=2e-5, rtol=1e-4)  # pyright: ignore
 
 
 OPTIONS = sorted(path.name for path in (GOLDEN / "hf_encoders").glob("t5*"))

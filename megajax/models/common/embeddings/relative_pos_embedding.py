@@ -52,14 +52,17 @@ class RelativePositionEmbedding(nn.Module):
             self.relative_attention_num_buckets, self.num_attention_heads, self.init_method_std, self.params_dtype
         )
 
-    def __call__(self, query_seq_length: int, key_seq_length: int) -> Array:
-        """Bias fp32 [1, N, S, T] of queries 0 .. S - 1 and keys 0 .. T - 1."""
+    def __call__(self, query_seq_length: int, key_seq_length: int, first_query: Array | int = 0) -> Array:
+        """Bias fp32 [1, N, S, T] of queries first_query, first_query + 1, ... and keys 0 .. T - 1."""
         S, T = query_seq_length, key_seq_length
+        known = isinstance(first_query, int)
         buckets = relative_position_bucket(
-            np.arange(-(S - 1), T),
+            np.arange(1 - S - first_query, T - first_query) if known else np.arange(2 - S - T, T),
             bidirectional=self.bidirectional,
             num_buckets=self.relative_attention_num_buckets,
             max_distance=self.relative_attention_max_distance,
         )
         values_LN = jnp.take(jnp.asarray(self.relative_attention_bias()), buckets, axis=0).astype(jnp.float32)
+        if not known:  # of all distances that there may be, those that there are
+            values_LN = jax.lax.dynamic_slice_in_dim(values_LN, T - 1 - first_query, S + T - 1)
         return constrain(by_distance(values_LN.T, S, T)[None], None, "act_heads", None, None)
