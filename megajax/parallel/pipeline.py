@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from megajax.parallel.branch_check import branch_of_some_stages
-from megajax.parallel.gradient_sums import combine_at
+from megajax.parallel.in_place import Row, Target, adding, is_target, whole
 from megajax.parallel.pipeline_pieces import (
     PP,
     Chunks,
@@ -251,8 +251,9 @@ class _Engine:
         x, work = self._entering(carry, tick), self.work.at(item.microbatch)
         if not keep:
             return carry._replace(y=self._through_layers(item, x, work))
-        y, kept = self.residuals.forward(self.chunks.at(0, item.chunk), x, work)
-        return carry._replace(y=y, ring=put_at(carry.ring, kept, item.slot))
+        into = [Target(Row(buffer, (item.slot,))) for buffer in carry.ring]
+        y, ring = self.residuals.forward(self.chunks.at(0, item.chunk), x, work, into)
+        return carry._replace(y=y, ring=ring)
 
     def _entering(self, carry: _Carry, tick: Array) -> Tree:
         """What the layers of this stage read."""
@@ -262,7 +263,7 @@ class _Engine:
 
     def _through_layers(self, item: Item, x: Tree, work: Work) -> Tree:
         def run(block: int) -> Tree:
-            params, rows = self.chunks.at(block, item.chunk)
+            params, rows = jax.tree.map(whole, self.chunks.at(block, item.chunk))
             y = self.pieces.blocks[block](params, rows, x, work.batch, work.weights, work.key)
             return as_stream(y)
 
@@ -278,9 +279,22 @@ class _Engine:
     def _backward(self, carry: _Carry, tick: Array) -> _Carry:
         item = self.schedule.backward(tick, self.stage)
         sums, g = self._leaves(carry, tick)
-        kept = at_index(carry.ring, item.slot)
+        kept = [Row(buffer, (item.slot,)) for buffer in carry.ring]
         chunk, work = self.chunks.at(0, item.chunk), self.work.at(item.microbatch)
-        return self._with_gradients(carry, tick, sums, *self.residuals.backward(chunk, kept, work, g))
+        staged, dx = self.residuals.backward(chunk, kept, work, g, into=self._targets(item, sums))
+        return self._with_gradients(carry, tick, sums, staged, dx)
+
+    def _targets(self, item: Item, sums: Sums) -> Tree:
+        """Where the gradients of a chunk are added."""
+
+        def target(path: Any, total: Array) -> Target:
+            def add(total: Array, gradient: Array) -> Array:
+                return adding(path, total, jnp.where(item.valid, gradient, 0))
+
+            return Target(Row(total, (item.chunk,)), add)
+
+        [totals] = sums.gradients.staged
+        return jax.tree_util.tree_map_with_path(target, totals)
 
     def _both(self, carry: _Carry, tick: Array) -> _Carry:
         """A forward and a backward that need nothing of each other."""
@@ -288,14 +302,18 @@ class _Engine:
         x, (sums, g) = self._entering(carry, tick), self._leaves(carry, tick)
         # Read before it is written, for the forward may take the slot that the backward leaves.
         kept, ring = jax.lax.optimization_barrier((at_index(carry.ring, back.slot), carry.ring))
-        (y, new), gradients = side_by_side(
+        # One loop that writes the ring for one and reads it for the other would copy it: here both have their own.
+        chunk, its_chunk = (jax.tree.map(whole, self.chunks.at(0, item.chunk)) for item in (ahead, back))
+        (y, new), (gradients, dx) = side_by_side(
             self.residuals.forward,
-            (self.chunks.at(0, ahead.chunk), x, self.work.at(ahead.microbatch)),
+            (chunk, x, self.work.at(ahead.microbatch)),
             self.residuals.backward,
-            (self.chunks.at(0, back.chunk), kept, self.work.at(back.microbatch), g),
+            (its_chunk, kept, self.work.at(back.microbatch), g),
         )
         carry = carry._replace(y=y, ring=put_at(ring, new, ahead.slot))
-        return self._with_gradients(carry, tick, sums, *gradients)
+        targets = self._targets(back, sums)
+        staged = jax.tree.map(lambda to, d: to.with_value(d), targets, gradients, is_leaf=is_target)
+        return self._with_gradients(carry, tick, sums, staged, dx)
 
     def _leaves(self, carry: _Carry, tick: Array) -> tuple[Sums, Tree]:
         """(sums with those of the microbatch whose y is the last stage's, gradient of what this stage returned)."""
@@ -305,17 +323,11 @@ class _Engine:
         g = select((self.stage == last) & (item.chunk == self.schedule.chunks - 1), g_last, carry.g)
         return sums, _of_type(g, carry.y)
 
-    def _with_gradients(self, carry: _Carry, tick: Array, sums: Sums, d_params: Tree, dx: Tree) -> _Carry:
-        """What a backward gives is added, and sent."""
-        item, entered = self.schedule.backward(tick, self.stage), self.schedule.backward(tick, 0)
-
-        def add(path: Any, total: Array, gradient: Array) -> Array:
-            gradient = jnp.where(item.valid, gradient.astype(jnp.float32), 0.0)
-            return combine_at(path, total, item.chunk, gradient)
-
+    def _with_gradients(self, carry: _Carry, tick: Array, sums: Sums, staged: Tree, dx: Tree) -> _Carry:
+        """With what a backward gives: sums of the gradients of layers, and a gradient to send."""
+        entered = self.schedule.backward(tick, 0)
         assert self.gradient_specs is not None
-        staged = jax.tree_util.tree_map_with_path(add, sums.gradients.staged, (d_params,))
-        staged = laid_out(staged, self.gradient_specs.staged)
+        staged = laid_out((staged,), self.gradient_specs.staged)
         sums = sums._replace(gradients=sums.gradients._replace(staged=staged))
         sums = self.ends.enter_backward(entered.valid & (entered.chunk == 0), entered.microbatch, dx, sums)
         return carry._replace(sums=sums, g=shift(dx, self.schedule.stages, -1))

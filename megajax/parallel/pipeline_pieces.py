@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from megajax.ops.cross_entropy import FusedLoss
 from megajax.parallel.gradient_sums import added, combine
+from megajax.parallel.in_place import Row
 from megajax.parallel.replicas import ALIKE, Replicas, manual_part
 from megajax.parallel.sharding import constrain
 
@@ -220,8 +221,13 @@ class Chunks:
         self.rows = tuple(by_chunk(tree, self.of_block) for tree in rows)
 
     def at(self, block: int, chunk: Array) -> tuple[Tree, Tree]:
-        """(parameters, rows) of a chunk of a block."""
-        return at_index((self.params[block], self.rows[block]), self.place(block, chunk))
+        """(parameters, rows) of a chunk of a block; matrices are `Row`s."""
+        place = self.place(block, chunk)
+
+        def of_leaf(leaf: Array) -> Array | Row:
+            return Row(leaf, (place,)) if leaf.ndim > 3 else at_index(leaf, place)
+
+        return jax.tree.map(of_leaf, self.params[block]), at_index(self.rows[block], place)
 
     def place(self, block: int, chunk: Array) -> Array:
         """Where among those of its block a chunk lies."""

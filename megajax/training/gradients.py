@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from megajax.config import Config, ConfigError
 from megajax.models.family import Family
 from megajax.parallel import sharding
-from megajax.parallel.gradient_sums import added
+from megajax.parallel.in_place import added_in_place
 from megajax.parallel.pipeline import Lockstep, pipeline_gradients, pipeline_loss
 from megajax.parallel.pipeline_pieces import BlockFn, Params, Path, Pieces, Work
 from megajax.parallel.pipeline_table import table_gradients
@@ -86,7 +86,7 @@ def accumulated_gradients(
     ) -> tuple[Any, Array]:
         key = None if step_key is None else jax.random.fold_in(step_key, index)
         grads, per_token = jax.grad(microbatch_loss, has_aux=True)(params, batch, weights, key)
-        return constrain(grads), jnp.sum(per_token * batch["loss_mask"])
+        return grads, jnp.sum(per_token * batch["loss_mask"])
 
     def gradients(state: TrainState, batch: Batch) -> tuple[Any, Array]:
         weights = _scaled_weights(state, batch["loss_mask"], config, data_parallel_size)
@@ -96,13 +96,15 @@ def accumulated_gradients(
         if M == 1:  # no accumulator to hold beside the gradients
             microbatch = jax.tree.map(lambda a: a[0], inputs)
             grads, loss_sum = microbatch_gradients(computed_with(state.params), step_key, 0, *microbatch)
-            return jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), grads, state.params), loss_sum
+            grads = jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), constrain(grads), state.params)
+            return grads, loss_sum
 
         def all_microbatches(params: Any, inputs: tuple[Batch, Array], step_key: Array | None) -> tuple[Any, Array]:
             def accumulate(carry: tuple[Any, Array], indexed: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
-                index, microbatch = indexed
-                grads, loss_sum = microbatch_gradients(params, step_key, index, *microbatch)
-                return (constrain(added(carry[0], grads)), carry[1] + loss_sum), None
+                index, (microbatch, weights) = indexed
+                args, (totals, loss_total) = (params, step_key, index, microbatch, weights), carry
+                grads, loss_sum = added_in_place(microbatch_gradients, args, totals)
+                return (constrain(grads), loss_total + loss_sum), None
 
             zeros = constrain(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
             (grads, loss_sum), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (jnp.arange(M), inputs))

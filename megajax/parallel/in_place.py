@@ -1,0 +1,225 @@
+"""A function whose loops read and write rows of larger arrays where these lie, instead of copies of their own.
+
+A scan over layers takes stacked arrays and gives stacked arrays. Where what it takes is a slot of a buffer, XLA cuts
+the slot out first; where what it gives belongs into a slot, or is to be added to a sum, all layers of it exist beside
+the buffer until the loop is done. Of the fp32 gradients of a pipeline stage that is a second copy, of the activations
+of its microbatches one more. Here the loop carries the buffer along, and each turn reads and writes its own row. Which
+loops these are is read from the jaxpr, so it holds for whatever autodiff makes of a model.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+from megajax.parallel.gradient_sums import combine
+from megajax.parallel.split_backward import scan_arguments
+
+Array = jax.Array
+Tree = Any
+Combine = Callable[[Array, Array], Array]
+"""`(what is there, what is new) -> what is to be there`, number by number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """`array[index]`, where it lies. To `jax.tree` it is a leaf."""
+
+    array: Array
+    index: tuple[Array, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the row."""
+        return self.array.shape[len(self.index) :]
+
+    @property
+    def dtype(self) -> Any:
+        """Of the row."""
+        return self.array.dtype
+
+    def at(self, index: Array) -> Row:
+        """A row of the row."""
+        return Row(self.array, (*self.index, index))
+
+    def read(self) -> Array:
+        """A copy."""
+        if not self.index:
+            return self.array
+        sizes = (1,) * len(self.index) + self.shape
+        return jax.lax.dynamic_slice(self.array, self._start, sizes).reshape(self.shape)
+
+    def written(self, value: Array) -> Array:
+        """The array with another row."""
+        if not self.index:
+            return value.astype(self.dtype)
+        value = value.astype(self.dtype).reshape((1,) * len(self.index) + self.shape)
+        return jax.lax.dynamic_update_slice(self.array, value, self._start)
+
+    def reshaped(self, shape: tuple[int, ...]) -> Row:
+        """As a row of this shape."""
+        return Row(self.array.reshape(*self.array.shape[: len(self.index)], *shape), self.index)
+
+    @property
+    def _start(self) -> tuple[Any, ...]:
+        return (*self.index, *(0 for _ in self.shape))
+
+
+class Target(NamedTuple):
+    """Where a result goes. combine: with what is there; None: it takes its place."""
+
+    row: Row
+    combine: Combine | None = None
+
+    def with_value(self, value: Array) -> Array:
+        """The row's array with the result."""
+        return self.row.written(value if self.combine is None else self.combine(self.row.read(), value))
+
+
+def shape_of(value: Array | Row) -> Any:
+    """What a function may be traced with instead."""
+    return jax.ShapeDtypeStruct(value.shape, value.dtype) if isinstance(value, Row) else value
+
+
+def whole(value: Array | Row) -> Array:
+    """A copy of a row; else the array."""
+    return value.read() if isinstance(value, Row) else value
+
+
+def is_target(value: Any) -> bool:
+    """For `jax.tree`."""
+    return isinstance(value, Target)
+
+
+def in_place(
+    function: Callable[..., Sequence[Array]], args: Sequence[Array | Row], into: Sequence[Target | None]
+) -> list[Array]:
+    """`function(*args)`: of each result that has a target, the target's array with it instead."""
+    closed = jax.make_jaxpr(lambda *args: list(function(*args)))(*map(shape_of, args))
+    results = _evaluate(closed, args, into)
+    return [_finished(*pair) for pair in zip(results, into, strict=True)]
+
+
+def added_in_place(
+    function: Callable[..., tuple[Tree, Array]], args: tuple[Any, ...], totals: Tree
+) -> tuple[Tree, Array]:
+    """`function(*args) -> (gradients, a scalar)`: fp32 totals with the gradients, layer by layer, and the scalar."""
+    given, structure = jax.tree.flatten(args)
+
+    def run(*given: Array) -> list[Array]:
+        return jax.tree.leaves(function(*jax.tree.unflatten(structure, given)))
+
+    paths, of_totals = jax.tree_util.tree_flatten_with_path(totals)
+    *sums, scalar = in_place(run, given, [*(Target(Row(total), partial(adding, path)) for path, total in paths), None])
+    return jax.tree.unflatten(of_totals, sums), scalar
+
+
+def adding(path: Any, total: Array, gradient: Array) -> Array:
+    """The fp32 sum of the gradients of the parameter with this path, with one more of any dtype."""
+    return combine(path, total, gradient.astype(jnp.float32))
+
+
+class _Written(NamedTuple):
+    """Instead of a result: the array that it was written into."""
+
+    array: Array
+
+
+def _finished(result: Any, target: Target | None) -> Array:
+    if target is None:
+        return result
+    if isinstance(result, _Written):
+        return result.array.reshape(target.row.array.shape)
+    return target.with_value(result)
+
+
+def _evaluate(closed: ClosedJaxpr, args: Sequence[Any], into: Sequence[Target | None]) -> list[Any]:
+    """The results; `_Written` where a target was reached on the way."""
+    jaxpr = closed.jaxpr
+    values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    wanted = _wanted(jaxpr, into)
+    for eqn in jaxpr.eqns:
+        given = [read(atom) for atom in eqn.invars]
+        targets = {place: wanted[var] for place, var in enumerate(eqn.outvars) if var in wanted}
+        with jax.named_scope(str(eqn.source_info.name_stack)), eqn.ctx.manager:
+            values.update(zip(eqn.outvars, _results(eqn, given, targets), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _wanted(jaxpr: Jaxpr, into: Sequence[Target | None]) -> dict[Any, Target]:
+    """Variables that nothing reads but what goes into a target, perhaps in another shape: where they belong."""
+    atoms = [*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars]
+    uses = Counter(atom for atom in atoms if not isinstance(atom, Literal))
+    pairs = zip(jaxpr.outvars, into, strict=True)
+    wanted: dict[Any, Target] = {
+        var: target for var, target in pairs if target is not None and not isinstance(var, Literal) and uses[var] == 1
+    }
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive.name == "reshape" and eqn.outvars[0] in wanted:
+            target, before = wanted[eqn.outvars[0]], eqn.invars[0]
+            if not isinstance(before, Literal) and uses[before] == 1:
+                shape = before.aval.shape  # type: ignore[attr-defined]
+                wanted[before] = target._replace(row=target.row.reshaped(shape))
+    return wanted
+
+
+def _results(eqn: JaxprEqn, given: list[Any], targets: Mapping[int, Target]) -> Sequence[Any]:
+    if eqn.primitive.name == "reshape" and isinstance(given[0], _Written):
+        return given
+    rows = any(isinstance(value, Row) for value in given)
+    if eqn.primitive.name == "scan" and (rows or targets):
+        return _scan(eqn, given, targets)
+    inner = _grouped(eqn)
+    if inner is not None and (rows or targets):
+        return _evaluate(inner, given, [targets.get(place) for place in range(len(eqn.outvars))])
+    result = eqn.primitive.bind(*map(whole, given), **eqn.primitive.get_bind_params(eqn.params))
+    return result if eqn.primitive.multiple_results else [result]
+
+
+def _grouped(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """What an instruction runs that only groups others. Of recomputation that is so where nothing keeps the compiler
+    from sharing it with the first time."""
+    name = eqn.primitive.name
+    if name in ("jit", "pjit"):
+        return eqn.params["jaxpr"]
+    if name in ("checkpoint", "remat2") and not eqn.params["prevent_cse"]:
+        return ClosedJaxpr(eqn.params["jaxpr"], ())
+    return eqn.params["call_jaxpr"] if name == "closed_call" else None
+
+
+def _scan(eqn: JaxprEqn, given: list[Any], targets: Mapping[int, Target]) -> list[Any]:
+    num_consts, num_carry, _ = scan_arguments(eqn)
+    consts, carry = [[whole(v) for v in part] for part in (given[:num_consts], given[num_consts:][:num_carry])]
+    xs, body = given[num_consts + num_carry :], jaxpr_as_fun(eqn.params["jaxpr"])
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
+    placed = {place: target for place, target in targets.items() if place >= num_carry}
+
+    def turn(state: Any, row: Any) -> Any:
+        (carry, arrays), (scanned, index) = state, row
+        rest = iter(scanned)
+        rows = [x.at(index).read() if isinstance(x, Row) else next(rest) for x in xs]
+        results = body(*consts, *carry, *rows)
+        for place, target in placed.items():
+            here = Row(arrays[place], target.row.index).at(index)
+            arrays = arrays | {place: target._replace(row=here).with_value(results[place])}
+        ys = [y for place, y in enumerate(results) if place >= num_carry and place not in placed]
+        return (list(results[:num_carry]), arrays), ys
+
+    start = carry, {place: target.row.array for place, target in placed.items()}
+    scanned = [x for x in xs if not isinstance(x, Row)]
+    (carry, arrays), ys = jax.lax.scan(turn, start, (scanned, jnp.arange(length)), reverse=reverse)
+    rest = iter(ys)
+    stacked = range(num_carry, len(eqn.outvars))
+    return [*carry, *(_Written(arrays[place]) if place in placed else next(rest) for place in stacked)]
