@@ -29,9 +29,11 @@ class InferenceMemory:
       peak: of the compiled program; the donated cache, which it writes in place, counts once.
       capacity, card: what is usable of the GPU, and all of it.
       largest: what is alive at the peak, arguments left out.
+      unread: of the parameters, those that this step does not read, such as an encoder's while a decoder writes.
     """
 
     parameters: int
+    unread: int
     cache: int
     inputs: int
     temporaries: int
@@ -126,8 +128,9 @@ class InferenceReport:
 
 
 FLOOR = (
-    "The floor is max((bytes of parameters + bytes of cache) / memory bandwidth, FLOPs / peak), tokens/s is tokens /"
-    " step time. The cache is static: a step of decoding reads all of it, however long the texts are so far."
+    "The floor is max((bytes of parameters that are read + bytes of cache) / memory bandwidth, FLOPs / peak), tokens/s"
+    " is tokens / step time. The cache is static: a step of decoding reads all of it, however long the texts are so"
+    " far."
 )
 
 
@@ -167,7 +170,10 @@ def inference_report_of(compiled: CompiledInference, target: str) -> InferenceRe
         executed_flops=found.flops,
         seconds=found.seconds,
         compute=found.compute,
-        floor=max((memory.parameters + memory.cache) / gpu.bandwidth, found.flops / gpu.bf16),
+        floor=max(
+            (memory.parameters - memory.unread + memory.cache) / gpu.bandwidth,
+            found.flops / gpu.bf16,
+        ),
         traffic=traffic_of(found.transfers),
         uncovered=uncovered_of(found.transfers),
         kernels={name: round(n) for name, n in sorted(found.kernels.items(), key=lambda item: -item[1])},
@@ -178,12 +184,16 @@ def inference_report_of(compiled: CompiledInference, target: str) -> InferenceRe
 def _memory_of(compiled: CompiledInference, card: int) -> InferenceMemory:
     of_program = compiled.executable.memory_analysis()
     beside = of_program.output_size_in_bytes - of_program.alias_size_in_bytes
+    parameters, cache = bytes_on_a_device(compiled.program.params), bytes_on_a_device(compiled.program.cache)
+    inputs, read = bytes_on_a_device(compiled.inputs), of_program.argument_size_in_bytes
+    unread = max(0, parameters + cache + inputs - read)  # what a program does not read is none of its arguments
     return InferenceMemory(
-        parameters=bytes_on_a_device(compiled.program.params),
-        cache=bytes_on_a_device(compiled.program.cache),
-        inputs=bytes_on_a_device(compiled.inputs),
+        parameters=parameters,
+        unread=unread,
+        cache=cache,
+        inputs=inputs,
         temporaries=of_program.temp_size_in_bytes + max(0, beside),
-        peak=of_program.argument_size_in_bytes + max(0, beside) + of_program.temp_size_in_bytes,
+        peak=read + unread + max(0, beside) + of_program.temp_size_in_bytes,
         capacity=int(USABLE * card),
         card=card,
         largest=largest_of(compiled.live),

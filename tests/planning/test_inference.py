@@ -128,6 +128,9 @@ def test_a_decoder_keeps_what_it_wrote_and_what_the_encoder_read():
     assert report.memory.cache == 2 * keys + (B // 4) * T + T, "the text's mask and the positions beside them"
     reading = 16 * 2 * T * D  # the kernel's rows of queries, of which one is wanted; scores and sums
     assert report.executed_flops == (B // 4) * (L * (6 * D * D + 3 * D * F + reading) + V * D)
+    encoder = L * (4 * D * D + 3 * D * F) // 2 * 2  # and each decoder layer's keys and values of the text
+    assert report.memory.unread == pytest.approx(encoder + L * 2 * D * D // 2 * 2, rel=0.02)
+    assert report.memory.peak >= report.memory.parameters + report.memory.cache
 
 
 @needs_aot
