@@ -70,7 +70,8 @@ class Row:
 
     @property
     def _start(self) -> tuple[Any, ...]:
-        return (*self.index, *(0 for _ in self.shape))
+        # All of one type, also where plain numbers have 64 bits.
+        return tuple(jnp.asarray(at, jnp.int32) for at in (*self.index, *(0 for _ in self.shape)))
 
 
 class Target(NamedTuple):
