@@ -89,6 +89,7 @@ SLOW = [
     Layout("shared_blocks", devices=2, zero=2),
     Layout("shared_blocks", devices=2, pp=2, mbs=2),
     Layout("shared_block", devices=2, pp=2, vpp=2, layers=8, engine="table", mbs=2),
+    Layout("shared_block", devices=4, pp=2, vpp=2, layers=8),
     Layout("shared_block", devices=4, pp=4, layers=8, schedule="zb-h1"),
     Layout("shared_blocks", pp=2, cp=2, zero=2, mbs=2),
 ]
@@ -111,7 +112,6 @@ LAYOUTS = [
     Layout("hybrid_experts", ep=2, tp=2, sp=True, zero=3),
     Layout("shared_blocks", cp=2, tp=2, sp=True, zero=3),
     Layout("shared_blocks", pp=2, tp=2, sp=True, zero=3, mbs=2),  # whose stages have other layers and branch
-    Layout("shared_block", devices=4, pp=2, vpp=2, layers=8),
 ]
 
 
