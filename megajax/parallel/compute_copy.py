@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from megajax.parallel.split_backward import scan_arguments
+
 Tree = Any
 
 _WHOLE = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "sharding_constraint", "copy"})
@@ -79,6 +81,6 @@ def _inside(equation: Any, at: int, dtype: Any) -> Iterator[float]:
     elif name == "cond" and at > 0:
         for branch in params["branches"]:
             yield _casts(branch.jaxpr, branch.jaxpr.invars[at - 1], dtype)
-    elif name == "scan" and at >= params["num_consts"] + params["num_carry"]:  # what all turns read is read often
+    elif name == "scan" and at >= sum(scan_arguments(equation)[:2]):  # what all turns read is read often
         inner = params["jaxpr"].jaxpr
         yield _casts(inner, inner.invars[at], dtype)
