@@ -11,6 +11,7 @@ JAX 0.12 wants kernels for Triton to move to Mosaic GPU, which begins with Hoppe
 # SPDX-License-Identifier: Apache-2.0
 # R rows, E experts, D width of rows, F width of products; I tiles of rows
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -128,16 +129,7 @@ _BY_TILES = largest_tile((9, 0), fp8=True)
 
 def block_parts(*, interpret: bool = False) -> BlockParts:
     """Products of arrays whose blocks have scales, for Hopper and later."""
-
-    def rows_times(x_RK: Blocks, w_ENK: Blocks, sizes_E: Array, dtype: Any) -> Array:
-        setting, scales = _Setting(TILE, _BY_TILES, interpret), (x_RK.scales.T, w_ENK.scales)
-        return _rows_times(setting, x_RK.values, w_ENK.values, sizes_E, transposed=True, dtype=dtype, scales=scales)
-
-    def outer(x_DR: Blocks, dy_FR: Blocks, sizes_E: Array) -> Array:
-        setting, scales = _Setting(TILE, _BY_TILES, interpret), (x_DR.scales.T, dy_FR.scales.T)
-        return _outer(setting, x_DR.values, dy_FR.values, sizes_E, jnp.float32, rows_last=True, scales=scales)
-
-    return BlockParts(rows_times, outer)
+    return _block_parts(lambda tiles: tiles.scales.T, lambda kernels: kernels.scales, interpret)
 
 
 def mx_parts(*, interpret: bool = False) -> BlockParts:
@@ -147,12 +139,21 @@ def mx_parts(*, interpret: bool = False) -> BlockParts:
         """n for each scale 2^(n - 127)."""
         return jax.lax.bitcast_convert_type(x.scales.astype(jnp.float8_e8m0fnu), jnp.uint8)
 
+    return _block_parts(exponents, exponents, interpret)
+
+
+def _block_parts(
+    of_tiles: Callable[[Blocks], Array], of_kernels: Callable[[Blocks], Array], interpret: bool
+) -> BlockParts:
+    """of_tiles, of_kernels: scales as the GPU's kernels want them."""
+    setting = _Setting(TILE, _BY_TILES, interpret)
+
     def rows_times(x_RK: Blocks, w_ENK: Blocks, sizes_E: Array, dtype: Any) -> Array:
-        setting, scales = _Setting(TILE, _BY_TILES, interpret), (exponents(x_RK), exponents(w_ENK))
+        scales = of_tiles(x_RK), of_kernels(w_ENK)
         return _rows_times(setting, x_RK.values, w_ENK.values, sizes_E, transposed=True, dtype=dtype, scales=scales)
 
     def outer(x_DR: Blocks, dy_FR: Blocks, sizes_E: Array) -> Array:
-        setting, scales = _Setting(TILE, _BY_TILES, interpret), (exponents(x_DR), exponents(dy_FR))
+        scales = of_tiles(x_DR), of_tiles(dy_FR)
         return _outer(setting, x_DR.values, dy_FR.values, sizes_E, jnp.float32, rows_last=True, scales=scales)
 
     return BlockParts(rows_times, outer)

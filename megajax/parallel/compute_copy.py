@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from megajax.parallel.split_backward import scan_arguments
+from megajax.parallel.jaxprs import grouped, scan_arguments
 
 Tree = Any
 
 _WHOLE = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "sharding_constraint", "copy"})
 """Primitives that give all numbers of their operand in another form."""
 _PARTS = frozenset({"slice", "dynamic_slice"})
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "shard_map"})
 
 
 def cast_once(forward: Callable[[Tree], Any], params: Tree, dtype: Any) -> Tree:
@@ -73,11 +72,11 @@ def _casts(jaxpr: Jaxpr, var: Any, dtype: Any) -> float:
 def _inside(equation: Any, at: int, dtype: Any) -> Iterator[float]:
     """`_casts` of operand `at` in the programs that an equation calls; none: it is no call that is known."""
     name, params = equation.primitive.name, equation.params
-    if name in _CALLS:
-        for body in params.values():
-            if isinstance(body, Jaxpr | ClosedJaxpr):
-                inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
-                yield _casts(inner, inner.invars[at], dtype)
+    # What has a derivative of its own may count on the dtype of its operand.
+    body = None if name.startswith("custom_") else params["jaxpr"] if name == "shard_map" else grouped(equation)
+    if body is not None:
+        inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+        yield _casts(inner, inner.invars[at], dtype)
     elif name == "cond" and at > 0:
         for branch in params["branches"]:
             yield _casts(branch.jaxpr, branch.jaxpr.invars[at - 1], dtype)

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from megajax.parallel.gradient_sums import combine
-from megajax.parallel.split_backward import scan_arguments
+from megajax.parallel.jaxprs import grouped, named, read, run, scan_arguments, start
 
 Array = jax.Array
 Tree = Any
@@ -144,19 +144,13 @@ def _finished(result: Any, target: Target | None) -> Array:
 
 def _evaluate(closed: ClosedJaxpr, args: Sequence[Any], into: Sequence[Target | None]) -> list[Any]:
     """The results; `_Written` where a target was reached on the way."""
-    jaxpr = closed.jaxpr
-    values: dict[Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    wanted = _wanted(jaxpr, into)
-    for eqn in jaxpr.eqns:
-        given = [read(atom) for atom in eqn.invars]
+    values, wanted = start(closed, args), _wanted(closed.jaxpr, into)
+    for eqn in closed.jaxpr.eqns:
         targets = {place: wanted[var] for place, var in enumerate(eqn.outvars) if var in wanted}
-        with jax.named_scope(str(eqn.source_info.name_stack)), eqn.ctx.manager:
-            values.update(zip(eqn.outvars, _results(eqn, given, targets), strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+        with named(eqn), eqn.ctx.manager:
+            results = _results(eqn, read(values, eqn.invars), targets)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return read(values, closed.jaxpr.outvars)
 
 
 def _wanted(jaxpr: Jaxpr, into: Sequence[Target | None]) -> dict[Any, Target]:
@@ -182,22 +176,11 @@ def _results(eqn: JaxprEqn, given: list[Any], targets: Mapping[int, Target]) -> 
     rows = any(isinstance(value, Row) for value in given)
     if eqn.primitive.name == "scan" and (rows or targets):
         return _scan(eqn, given, targets)
-    inner = _grouped(eqn)
+    # Recomputation only groups where nothing keeps the compiler from sharing it with the first time.
+    inner = None if eqn.params.get("prevent_cse") else grouped(eqn)
     if inner is not None and (rows or targets):
         return _evaluate(inner, given, [targets.get(place) for place in range(len(eqn.outvars))])
-    result = eqn.primitive.bind(*map(whole, given), **eqn.primitive.get_bind_params(eqn.params))
-    return result if eqn.primitive.multiple_results else [result]
-
-
-def _grouped(eqn: JaxprEqn) -> ClosedJaxpr | None:
-    """What an instruction runs that only groups others. Of recomputation that is so where nothing keeps the compiler
-    from sharing it with the first time."""
-    name = eqn.primitive.name
-    if name in ("jit", "pjit"):
-        return eqn.params["jaxpr"]
-    if name in ("checkpoint", "remat2") and not eqn.params["prevent_cse"]:
-        return ClosedJaxpr(eqn.params["jaxpr"], ())
-    return eqn.params["call_jaxpr"] if name == "closed_call" else None
+    return run(eqn, [whole(value) for value in given])
 
 
 def _scan(eqn: JaxprEqn, given: list[Any], targets: Mapping[int, Target]) -> list[Any]:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
+from megajax.parallel.jaxprs import Values, named, read, run, scan_arguments, start
 from megajax.parallel.pipeline_pieces import at_index, put_at, room
-from megajax.parallel.split_backward import scan_arguments
 
 Array = jax.Array
 Tree = Any
@@ -47,7 +47,7 @@ class _Half:
     """A function under way. done: how many of its instructions have run."""
 
     closed: ClosedJaxpr
-    values: dict[Var, Any]
+    values: Values
     done: int = 0
 
     @classmethod
@@ -57,8 +57,7 @@ class _Half:
 
     @classmethod
     def start(cls, closed: ClosedJaxpr, args: Sequence[Any]) -> _Half:
-        names = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
-        return cls(closed, dict(zip(names, [*closed.consts, *args], strict=True)))
+        return cls(closed, start(closed, args))
 
     @property
     def eqns(self) -> Sequence[JaxprEqn]:
@@ -69,24 +68,19 @@ class _Half:
         return self.read(self.closed.jaxpr.outvars)
 
     def read(self, atoms: Sequence[Any]) -> list[Any]:
-        return [atom.val if isinstance(atom, Literal) else self.values[atom] for atom in atoms]
+        return read(self.values, atoms)
 
     def run_to(self, place: int) -> None:
         """The instructions before this place."""
         for eqn in self.eqns[self.done : place]:
-            with _named(eqn), eqn.ctx.manager:
-                result = eqn.primitive.bind(*self.read(eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
-            self.finish(eqn, result if eqn.primitive.multiple_results else [result])
+            with named(eqn):
+                results = run(eqn, self.read(eqn.invars))
+            self.finish(eqn, results)
 
     def finish(self, eqn: JaxprEqn, results: Sequence[Any]) -> None:
         """Takes note of what an instruction has given."""
         self.values.update(zip(eqn.outvars, results, strict=True))
         self.done += 1
-
-
-def _named(eqn: JaxprEqn) -> Any:
-    """The names of the modules that it comes from, which a compiled program is read by."""
-    return jax.named_scope(str(eqn.source_info.name_stack))
 
 
 def _run(one: _Half, other: _Half, kinds: tuple[str, ...]) -> None:
@@ -162,7 +156,7 @@ def _join_scans(one: _Half, other: _Half, inside: tuple[str, ...]) -> None:
         results, its_results = (half.results for half in halves)
         return (mine.after(results, written, index), its.after(its_results, its_written, index)), None
 
-    with _named(eqn):
+    with named(eqn):
         start = (mine.carry, mine.written), (its.carry, its.written)
         state, _ = jax.lax.scan(turn, start, jnp.arange(mine.last + 1))
     for half, joined, (carry, written) in zip((one, other), (eqn, its_eqn), state, strict=True):
@@ -181,7 +175,7 @@ def _join_branches(one: _Half, other: _Half, inside: tuple[str, ...]) -> None:
         return tuple(half.results for half in halves)
 
     pairs = [partial(both, mine, its) for mine in branches for its in its_branches]
-    with _named(eqn):
+    with named(eqn):
         results, its_results = jax.lax.switch(index * len(its_branches) + its_index, pairs, given, its_given)
     one.finish(eqn, results)
     other.finish(its_eqn, its_results)

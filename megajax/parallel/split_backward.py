@@ -11,26 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-Array = jax.Array
-Values = dict[Var, Any]
+from megajax.parallel.jaxprs import Values, grouped, read, run, scan_arguments, start
 
-# Calls that only group instructions, by where they keep their jaxpr. Recomputation is one: what it computes again for
-# the first part is set aside for the second.
-_TRANSPARENT = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-}
+Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +37,13 @@ class Split:
         """(the results marked as first, what the second part needs of this one)."""
         cut = self._cut
         values = _run(cut.first, cut.start(args))
-        return [_read(values, v) for v in cut.first_outputs], [_read(values, v) for v in cut.aside]
+        return read(values, cut.first_outputs), read(values, cut.aside)
 
     def second(self, *args: Array | None, aside: Sequence[Array]) -> list[Array]:
         """The other results. Arguments that `later_arguments` does not name may be None."""
         cut = self._cut
         values = _run(cut.second, cut.start(args) | dict(zip(cut.aside, aside, strict=True)))
-        return [_read(values, v) for v in cut.second_outputs]
+        return read(values, cut.second_outputs)
 
 
 def split(
@@ -69,9 +58,9 @@ def split(
     """
     closed = _flat(jax.make_jaxpr(lambda *args: list(function(*args)))(*args))
     cut = _cut(closed.jaxpr, closed.consts, is_first, at_hand)
-    read = cut.read_later()
+    read_later = cut.read_later()
     aside = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in cut.aside)  # type: ignore[attr-defined]
-    return Split(tuple(v in read for v in closed.jaxpr.invars), aside, cut)
+    return Split(tuple(v in read_later for v in closed.jaxpr.invars), aside, cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +140,8 @@ def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[
     at_hand = [True] * num_consts + [False] * num_carry + [True] * num_xs
     cut = _cut(body.jaxpr, body.consts, [True] * num_carry + [not late for late in later], at_hand)
     now = [row for row, late in zip(rows, later, strict=True) if not late]
-    read = cut.read_later()
-    again = [at for at, v in enumerate(cut.arguments) if v in read and at_hand[at]]
+    read_later = cut.read_later()
+    again = [at for at, v in enumerate(cut.arguments) if v in read_later and at_hand[at]]
     consts_again, xs_again = ([at for at in again if (at < num_consts) == is_const] for is_const in (True, False))
     stacked = [
         Var(jax.core.ShapedArray((length, *v.aval.shape), v.aval.dtype))  # type: ignore[attr-defined]
@@ -164,7 +153,7 @@ def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[
 
         def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
             values = _run(cut.first, cut.start([*consts, *carry, *xs]))
-            outputs = [_read(values, v) for v in (*cut.first_outputs, *cut.aside)]
+            outputs = read(values, (*cut.first_outputs, *cut.aside))
             return outputs[:num_carry], outputs[num_carry:]
 
         carry, ys = jax.lax.scan(step, carry, xs, length=length, reverse=reverse)
@@ -177,7 +166,7 @@ def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[
         def step(_: None, row: list[Any]) -> tuple[None, list[Any]]:
             values = dict(cut.consts) | dict(zip((cut.arguments[at] for at in consts_again), consts, strict=True))
             values = _run(cut.second, values | dict(zip(names, row, strict=True)))
-            return None, [_read(values, v) for v in cut.second_outputs]
+            return None, read(values, cut.second_outputs)
 
         return jax.lax.scan(step, None, rows, length=length, reverse=reverse)[1]
 
@@ -187,15 +176,6 @@ def _cut_scan(eqn: JaxprEqn, needed_first: set[Var], needed: set[Var]) -> tuple[
     reads = (*(eqn.invars[at] for at in (*consts_again, *xs_again)), *stacked)
     writes = tuple(row for row, late in zip(rows, later, strict=True) if late)
     return first, [_Step(run_second, reads, writes)]
-
-
-def scan_arguments(eqn: JaxprEqn) -> tuple[int, int, int]:
-    """How many constants, carried values and scanned arrays a scan takes."""
-    if "ft_in" in eqn.params:  # JAX 0.12 on
-        consts, carry, xs = (len(list(part)) for part in eqn.params["ft_in"].unpack())
-        return consts, carry, xs
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    return consts, carry, len(eqn.invars) - consts - carry
 
 
 def _needed(eqns: Sequence[JaxprEqn], outputs: Iterable[Any]) -> set[Var]:
@@ -211,45 +191,26 @@ def _variables(atoms: Iterable[Any]) -> set[Var]:
 
 
 def _plain(eqn: JaxprEqn) -> _Step:
-    def run(args: list[Any]) -> Sequence[Any]:
-        return _bind(eqn, args)
-
-    return _Step(run, tuple(eqn.invars), tuple(eqn.outvars))
-
-
-def _bind(eqn: JaxprEqn, args: list[Any]) -> Sequence[Any]:
-    with eqn.ctx.manager:
-        result = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
-    return result if eqn.primitive.multiple_results else [result]
+    return _Step(partial(run, eqn), tuple(eqn.invars), tuple(eqn.outvars))
 
 
 def _run(steps: Sequence[_Step], values: Values) -> Values:
     for step in steps:
-        results = step.run([_read(values, v) for v in step.reads])
-        values.update(zip(step.writes, results, strict=True))
+        values.update(zip(step.writes, step.run(read(values, step.reads)), strict=True))
     return values
 
 
-def _read(values: Values, atom: Any) -> Any:
-    return atom.val if isinstance(atom, Literal) else values[atom]
-
-
 def _flat(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """Without calls that only group instructions."""
+    """Without calls that only group instructions. Recomputation is one: what it computes again for the first part is
+    set aside for the second."""
 
-    def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        values: Values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        for eqn in jaxpr.eqns:
-            given = [_read(values, v) for v in eqn.invars]
-            where = _TRANSPARENT.get(eqn.primitive.name)
-            if where is None:
-                results = _bind(eqn, given)
-            else:
-                inner = eqn.params[where]
-                is_closed = isinstance(inner, ClosedJaxpr)
-                results = evaluate(inner.jaxpr if is_closed else inner, inner.consts if is_closed else (), given)
+    def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+        values = start(closed, args)
+        for eqn in closed.jaxpr.eqns:
+            given, inner = read(values, eqn.invars), grouped(eqn)
+            results = run(eqn, given) if inner is None else evaluate(inner, given)
             values.update(zip(eqn.outvars, results, strict=True))
-        return [_read(values, v) for v in jaxpr.outvars]
+        return read(values, closed.jaxpr.outvars)
 
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]  # type: ignore[attr-defined]
-    return jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args))(*avals)
+    return jax.make_jaxpr(lambda *args: evaluate(closed, args))(*avals)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Literal, Var
 
+from megajax.parallel.jaxprs import Values, read, run
+
 Array = jax.Array
 
 _VIEWS = frozenset(
@@ -50,29 +52,26 @@ class Views:
                 made.append(eqn)
         found = [var for var in jaxpr.outvars if not isinstance(var, Literal) and var in at_hand]
         results = tuple(dict.fromkeys(found))
-        made, read = _needed(made, results)
+        made, needed = _needed(made, results)
         sources = tuple(results.index(var) if var in results else None for var in jaxpr.outvars)
         rest = [var.aval for var, source in zip(jaxpr.outvars, sources, strict=True) if source is None]
         shapes = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in rest)  # type: ignore[attr-defined]
-        reads = tuple(place for place, var in enumerate(arguments) if var in read)
+        reads = tuple(place for place, var in enumerate(arguments) if var in needed)
         return cls(sources, shapes, reads, arguments, made, results)
 
     def __call__(self, known: Sequence[Array | None]) -> list[Array]:
         """The views; of `known`, only what `reads` says is looked at."""
-        values: dict[Var, Any] = dict(zip(self._known, known, strict=True))
+        values: Values = dict(zip(self._known, known, strict=True))
         for eqn in self._made:
-            given = [atom.val if isinstance(atom, Literal) else values[atom] for atom in eqn.invars]
-            with eqn.ctx.manager:
-                result = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
-            values.update(zip(eqn.outvars, result if eqn.primitive.multiple_results else [result], strict=True))
+            values.update(zip(eqn.outvars, run(eqn, read(values, eqn.invars)), strict=True))
         return [values[var] for var in self._results]
 
 
 def _needed(made: Sequence[JaxprEqn], results: Sequence[Var]) -> tuple[tuple[JaxprEqn, ...], set[Any]]:
     """(the instructions that the results need, what those and the results read)."""
-    read, kept = set(results), []
+    needed, kept = set(results), []
     for eqn in reversed(made):
-        if not read.isdisjoint(eqn.outvars):
+        if not needed.isdisjoint(eqn.outvars):
             kept.append(eqn)
-            read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    return tuple(reversed(kept)), read
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+    return tuple(reversed(kept)), needed
