@@ -255,6 +255,11 @@ class TransformerConfig(MoEConfig, LatentAttentionConfig, PositionConfig, Fp8Lay
         """Name of the dtype of activations and matrix products."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else self.params_dtype
 
+    @property
+    def mixed_precision(self) -> bool:
+        """Whether the dtype of activations is not that of the parameters."""
+        return self.compute_dtype != self.params_dtype
+
     def for_layer(self, index: int) -> Self:
         """The config of layer `index` (from 0): per-layer patterns resolved, so equal layers have equal configs."""
         changes: dict[str, Any] = {}

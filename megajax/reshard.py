@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self, Union, get_args, get_origin
@@ -140,8 +141,14 @@ def _targets(
         layers_per_stage(config)
     abstract = make_abstract_mesh(mesh.parallel, mesh.devices)
     rules = axis_rules(mesh.parallel, config.model, mesh.devices)
-    padded = config.model.padded_vocab_size
-    targets = {name: Target(leaf, shard_shape(name, leaf, rules, abstract, padded)) for name, leaf in leaves.items()}
+    shape_of = partial(
+        shard_shape,
+        rules=rules,
+        mesh=abstract,
+        padded_vocab_size=config.model.padded_vocab_size,
+        params_as_optimizer=config.model.mixed_precision and mesh.parallel.zero in (1, 2),  # as `ComputedWith` says
+    )
+    targets = {name: Target(leaf, shape_of(name, leaf)) for name, leaf in leaves.items()}
     return targets, saved | {"parallel": cli.to_json(config)["parallel"], "devices": mesh.devices}
 
 

@@ -60,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = [" ".join(str((i + j * j) % 20) for j in range(12)) for i in range(300)]
     (folder / "numbers.txt").write_text("\n".join(numbers))
     run(folder, "half", "--exit-interval 2")
+    run(folder, "mixed", "--exit-interval 2 --bf16")
     return folder
 
 
@@ -78,16 +79,18 @@ def test_a_run_goes_on_from_the_copy(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "parallel"),
+    ("words", "parallel", "source"),
     [
-        ("--mesh zero=0,dp=8", ParallelConfig(zero=0)),
-        ("--dp 8 --zero 3", ParallelConfig(zero=3)),
+        ("--mesh zero=0,dp=8", ParallelConfig(zero=0), "half"),
+        ("--dp 8 --zero 3", ParallelConfig(zero=3), "half"),
+        ("--dp 8", ParallelConfig(), "mixed"),
         (
             "--mesh dp=8 --zero 1 --num-distributed-optimizer-instances 2",
             ParallelConfig(num_distributed_optimizer_instances=2),
+            "half",
         ),
-        ("--tp 4 --dp 2", ParallelConfig(tensor_model_parallel_size=4)),
-        ("--mesh tp=2,cp=2 --dp 2", ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2)),
+        ("--tp 4 --dp 2", ParallelConfig(tensor_model_parallel_size=4), "half"),
+        ("--mesh tp=2,cp=2 --dp 2", ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2), "half"),
         (
             "--mesh tp=2,pp=2 --dp 2 --pipeline-model-parallel-layout Et|tttL",
             ParallelConfig(
@@ -95,15 +98,16 @@ def test_a_run_goes_on_from_the_copy(folder, tmp_path, capsys):
                 pipeline_model_parallel_size=2,
                 pipeline_model_parallel_layout="Et|tttL",
             ),
+            "half",
         ),
-        ("--pp 4 --dp 2", ParallelConfig(pipeline_model_parallel_size=4)),
+        ("--pp 4 --dp 2", ParallelConfig(pipeline_model_parallel_size=4), "half"),
     ],
 )
-def test_chunks_are_the_parts_of_the_devices(words, parallel, folder, tmp_path):
+def test_chunks_are_the_parts_of_the_devices(words, parallel, source, folder, tmp_path):
     """What the trainer's own program on eight devices would read; the values are the same."""
-    reshard.main([str(folder / "half"), str(tmp_path / "copy"), *shlex.split(words)])
-    before, after = (path / "step_00000002" for path in (folder / "half" / "checkpoints", tmp_path / "copy"))
-    config = cli.from_json(json.loads((folder / "half" / "config.json").read_text()), families=FAMILIES)
+    reshard.main([str(folder / source), str(tmp_path / "copy"), *shlex.split(words)])
+    before, after = (path / "step_00000002" for path in (folder / source / "checkpoints", tmp_path / "copy"))
+    config = cli.from_json(json.loads((folder / source / "config.json").read_text()), families=FAMILIES)
     program = build_program(dataclasses.replace(config, parallel=parallel), FAMILIES["gpt"], devices=jax.devices())
     wanted = program.stages.abstract_stored(program.abstract_state)
     leaves, divided = jax.tree_util.tree_leaves_with_path(wanted), 0

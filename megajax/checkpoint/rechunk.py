@@ -37,15 +37,25 @@ class Target:
     chunk: Shape | None
 
 
-def shard_shape(name: str, leaf: Leaf, rules: AxisRules, mesh: AbstractMesh, padded_vocab_size: int) -> Shape:
+def shard_shape(
+    name: str,
+    leaf: Leaf,
+    rules: AxisRules,
+    mesh: AbstractMesh,
+    padded_vocab_size: int,
+    *,
+    params_as_optimizer: bool = False,
+) -> Shape:
     """The shape of one device's part of a stored leaf when a run on `mesh` restores it.
+
+    params_as_optimizer: as of `megajax.training.state.state_shardings`.
 
     Raises:
       ConfigError: a logical axis of the leaf is not in the sharding table.
     """
     if leaf.axes is None:
         return leaf.shape
-    table = rules.optimizer_table if name.startswith("opt_state/") else rules.table
+    table = rules.optimizer_table if params_as_optimizer or name.startswith("opt_state/") else rules.table
     sizes = zip(leaf.axes, leaf.shape, strict=True)
     # A run pads the vocabulary before it divides it, so the last part that is stored may be smaller.
     shape = tuple(padded_vocab_size if axis == VOCAB else size for axis, size in sizes)

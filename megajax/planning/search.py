@@ -177,7 +177,7 @@ def _weighed(config: Config, leaves: list[Any], flops: int, gpu: Target, devices
     tokens = config.data.seq_length * micro / (tp * cp)
     width = 2 * hidden if full else 18 * hidden + 4 * _width(config)
     slots = min(2 * pp - 1, microbatches + 1) if pp > 1 else 1
-    mixed = model.compute_dtype != model.params_dtype  # the model computes with copies: see `ComputedWith`
+    mixed = model.mixed_precision  # the model computes with copies: see `ComputedWith`
     gradients = (6 if mixed else 8) * numbers if microbatches > 1 or pp > 1 else 4 * numbers
     params = 2 * numbers + 4 * (state if parallel.zero in (1, 2) else numbers) if mixed else 4 * numbers
     memory = params + 8 * state + gradients + tokens * width * layers * slots + _WORKING_SPACE

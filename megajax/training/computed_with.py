@@ -39,9 +39,8 @@ class ComputedWith(NamedTuple):
         """What a step of this config computes with."""
         params, dtype = nn.unbox(abstract_params(model, family, config)), config.model.compute_dtype
         inputs = family.example_inputs(config.model, 1, config.data.seq_length)
-        if dtype == config.model.params_dtype:
-            chosen = jax.tree.map(lambda leaf: False, params)
-        else:
+        chosen = jax.tree.map(lambda leaf: False, params)
+        if config.model.mixed_precision:
             chosen = cast_once(lambda params: model.apply({"params": params}, *inputs), params, dtype)
             # What a loss reads it may read in parts, where a model that gives logits does not.
             chosen = jax.tree.map(lambda yes, axes: yes and "layers" in axes, chosen, param_axes)
