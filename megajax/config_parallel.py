@@ -130,7 +130,7 @@ class ParallelConfig:
         require(
             self.overlap_moe_expert_parallel_comm is None or self._may_run_beside,
             f"overlap_moe_expert_parallel_comm={self.overlap_moe_expert_parallel_comm} needs"
-            " expert_model_parallel_size > 1 and pipeline_engine='lockstep'; drop it",
+            " pipeline_model_parallel_size and expert_model_parallel_size > 1, and pipeline_engine='lockstep'; drop it",
         )
         names = [name for name in _PIPELINE_OPTIONS if getattr(self, name) not in (None, False, 1)]
         if self.pipeline_model_parallel_size == 1 and names:

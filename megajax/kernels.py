@@ -282,11 +282,11 @@ def choose_linears(gpu: Capability | None, wanted: KernelConfig) -> Choice:
         return Choice("linears", "plain" if gpu is None else "gemm")
     if recipe not in _FP8_GPUS:
         raise ConfigError(f"fp8_recipe={recipe!r} is not supported; use one of {', '.join(map(repr, _FP8_GPUS))}")
-    least, name = _FP8_GPUS[recipe]
+    (least, name), (least_of_all, _) = _FP8_GPUS[recipe], _FP8_GPUS["tensorwise"]
     if gpu is None or gpu < least:
-        field, instead = f"fp8_recipe={recipe!r}", "use tensorwise or delayed"
-        if least == _FP8_GPUS["tensorwise"][0]:
-            field, instead = f"fp8_format={fp8.format!r}", "leave it out"
+        field = f"fp8_format={fp8.format!r}" if least == least_of_all else f"fp8_recipe={recipe!r}"
+        has_fp8 = gpu is not None and gpu >= least_of_all
+        instead = "use tensorwise or delayed" if has_fp8 else "leave fp8_format out"
         here = "here is none" if gpu is None else f"this one has {gpu[0]}.{gpu[1]}"
         raise ConfigError(
             f"{field} needs an NVIDIA GPU of compute capability {least[0]}.{least[1]} ({name}) or more, {here};"

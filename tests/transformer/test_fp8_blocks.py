@@ -90,8 +90,8 @@ def test_a_width_that_does_not_suit_is_refused(recipe: Any, least: int) -> None:
 @pytest.mark.parametrize(
     ("recipe", "gpu", "says"),
     [
-        ("mxfp8", None, r"10\.0 \(Blackwell\) or more, here is none"),
-        ("mxfp8", (9, 0), r"10\.0 \(Blackwell\) or more, this one has 9\.0"),
+        ("mxfp8", None, r"10\.0 \(Blackwell\) or more, here is none; leave fp8_format out"),
+        ("mxfp8", (9, 0), r"10\.0 \(Blackwell\) or more, this one has 9\.0; use tensorwise"),
         ("blockwise", (8, 9), r"9\.0 \(Hopper\) or more, this one has 8\.9"),
     ],
 )
