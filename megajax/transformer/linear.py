@@ -2,6 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, I features of the input
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -95,6 +97,13 @@ class ColumnParallelLinear(_Fp8Linear):
         kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", zeros_init((self.axis,)), (self.features,), dtype) if self.use_bias else None
         return _linear(x, kernel, bias, axes, *self.how())
+
+    def matrix(self, dtype: Any) -> Array | None:
+        """The kernel [I, features] as a product in this dtype reads it, once it is there; None in fp8."""
+        if self.fp8 is not None and not self.config.leaves_fp8_out:
+            return None
+        kernel = nn.meta.unbox(self.get_variable("params", "kernel"))
+        return gathered(kernel.astype(dtype), "embed", self.axis)
 
 
 class RowParallelLinear(_Fp8Linear):

@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from safetensors.numpy import load_file
 
 from megajax.config import TransformerConfig
 from megajax.inference.generate import init_cache
 from megajax.interop import megatron
+from megajax.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megajax.models.gpt.gpt_model import GPTModel
+from megajax.transformer.linear import ColumnParallelLinear
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"window_size": (3, 0), "window_attn_skip_freq": 2, "position_embedding_type": "rope", "no_rope_freq": 2},
@@ -88,3 +91,43 @@ def test_cached_steps_equal_the_full_pass_with_windows_learned_positions_and_lay
     logits, _ = decode(model, params, tokens, prefill=4, length=12)
     full = model.apply({"params": params}, tokens)
     np.testing.assert_allclose(logits, full[:, 3:], atol=1e-5, rtol=1e-4)
+
+
+class DoubledLinear(ColumnParallelLinear):
+    """A linear that is not the product with its kernel."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return 2 * ColumnParallelLinear.__call__(self, x)
+
+
+LATENT: dict[str, Any] = {
+    "num_layers": 1, "hidden_size": 16, "num_attention_heads": 16, "vocab_size": 31, "init_method_std": 0.3,
+    "multi_latent_attention": True, "q_lora_rank": 8, "kv_lora_rank": 16, "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "position_embedding_type": "rope",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("linear", [ColumnParallelLinear, DoubledLinear])
+def test_few_queries_attend_to_latents_and_project_none_of_them(linear: Any) -> None:
+    """Equal to the full pass; the FLOPs are too few for a projection of the cache, unless that is no plain product."""
+    config = TransformerConfig(**LATENT)
+    spec = get_gpt_layer_local_spec(config).replace(**{"self_attention.linear_kv_up_proj": linear})
+    model: Any = GPTModel(config, spec)
+    tokens, T, S = np.random.default_rng(0).integers(0, 31, size=(2, 9)), 256, 3
+    params = nn.unbox(model.init(jax.random.key(0), tokens)["params"])
+    full = model.apply({"params": params}, tokens)
+    cache = init_cache(model, params, {"tokens": tokens}, length=T)
+
+    def step(cache: Any, tokens: Any, position: Any) -> Any:
+        variables = {"params": params, "cache": cache}
+        return model.apply(variables, tokens, cache_position=position, mutable=["cache"])
+
+    compiled: Any = jax.jit(step).lower(cache, tokens[:, :S], 0).compile()
+    for i in range(0, 9, S):
+        logits, updated = compiled(cache, tokens[:, i : i + S], i)
+        cache = updated["cache"]
+        np.testing.assert_allclose(logits, full[:, i : i + S], atol=1e-5, rtol=1e-4)
+    heads = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    projection = 2 * 2 * T * config.kv_lora_rank * heads
+    assert (compiled.cost_analysis()["flops"] < projection) == (linear is ColumnParallelLinear)
