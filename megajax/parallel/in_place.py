@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from megajax.parallel.backward_order import kernels_beside_sums
 from megajax.parallel.gradient_sums import combine
 from megajax.parallel.jaxprs import grouped, named, read, run, scan_arguments, start
 
@@ -186,9 +187,9 @@ def _results(eqn: JaxprEqn, given: list[Any], targets: Mapping[int, Target]) -> 
 def _scan(eqn: JaxprEqn, given: list[Any], targets: Mapping[int, Target]) -> list[Any]:
     num_consts, num_carry, _ = scan_arguments(eqn)
     consts, carry = [[whole(v) for v in part] for part in (given[:num_consts], given[num_consts:][:num_carry])]
-    xs, body = given[num_consts + num_carry :], jaxpr_as_fun(eqn.params["jaxpr"])
-    length, reverse = eqn.params["length"], eqn.params["reverse"]
+    xs, length, reverse = given[num_consts + num_carry :], eqn.params["length"], eqn.params["reverse"]
     placed = {place: target for place, target in targets.items() if place >= num_carry}
+    body = kernels_beside_sums(eqn.params["jaxpr"], [place for place in placed if placed[place].combine is not None])
 
     def turn(state: Any, row: Any) -> Any:
         (carry, arrays), (scanned, index) = state, row

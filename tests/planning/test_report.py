@@ -82,7 +82,7 @@ def test_a_pipeline_idles_as_the_papers_say():
     for engine in ("lockstep", "table"):
         report = planned(*PP, "--pipeline-engine", engine)
         assert report.num_microbatches == 8
-        assert 0 <= report.memory.gaps < 0.01 * report.memory.peak
+        assert 0 <= report.memory.gaps < 0.02 * report.memory.peak, "alignment of small buffers"
         assert report.bubble == pytest.approx((2 - 1) / 8)
         idle = report.executed_flops / 9 if engine == "lockstep" else 0  # one tick of nine
         assert report.idle_flops == pytest.approx(idle)
@@ -110,7 +110,9 @@ def test_collectives_of_layers_are_those_of_tensor_parallelism():
     activations = SEQ * D * 2 * (tp - 1) / tp
     gathers = kinds["all-gather", "tp"]
     assert gathers.sent == 6 * L * microbatches * activations
-    assert kinds["reduce-scatter", "tp"].sent == 4 * L * microbatches * activations
+    sums = kinds["reduce-scatter", "tp"]
+    assert sums.sent == 4 * L * microbatches * activations
+    assert sums.exposed < 0.3 * sums.seconds, "gradients of kernels hide those of the backward pass"
     assert {row.link for row in report.traffic} == {"NVLink"}
 
 

@@ -1,0 +1,104 @@
+"""The order of a layer's backward pass: gradients of weights are computed while gradients of inputs are on their way.
+
+With tensor parallelism the gradient of a linear layer's input is a sum over devices, which the layers before wait for.
+The gradient of its kernel waits for nothing and nothing waits for it, so that XLA's scheduler, which works from the end
+of a program, puts it last, beside what happens to be there. Megatron computes it while the sum is under way
+(`core/tensor_parallel/layers.py`, `LinearWithGradAccumulationAndAsyncCommunication`). Here the sum is used only once
+the gradients of the kernels are there; then they are what is left to lie beside it.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+from megajax.parallel.jaxprs import named, read, run, start
+
+Array = jax.Array
+_Made = Mapping[Var, JaxprEqn]
+
+_SHAPES = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type"})
+"""Primitives that change no number, but for its precision."""
+
+
+def kernels_beside_sums(closed: ClosedJaxpr, gradients: Sequence[int]) -> Callable[..., list[Array]]:
+    """A backward pass that uses the sum of the gradients of an input after it has those of the kernels it met.
+
+    Nothing changes where no such sum crosses devices, nor where gradients of kernels do, which would be waited for,
+    too; nor in layers that are computed again as a whole, whose forward pass the scheduler puts beside the sums.
+
+    Args:
+      gradients: the places, among the results, of gradients of parameters.
+    """
+    sums = any(_is_divided(axis) for axis in ("act_heads", "act_mlp", "act_ssm_heads"))
+    return partial(_run, closed, tuple(gradients)) if sums and not _is_divided("batch") else jaxpr_as_fun(closed)
+
+
+def _is_divided(axis: str) -> bool:
+    """Whether XLA divides a logical axis of activations."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    names = () if mesh.empty else rules.get(axis) or ()
+    return any(mesh.shape[name] > 1 for name in names if name not in mesh.manual_axes)
+
+
+def _run(closed: ClosedJaxpr, gradients: Sequence[int], *args: Array) -> list[Array]:
+    jaxpr, values = closed.jaxpr, start(closed, args)
+    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    read_again = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, Literal)}
+    results = [var for var in map(jaxpr.outvars.__getitem__, gradients) if not isinstance(var, Literal)]
+    kernels = [var for var in results if var in made and var not in read_again and _is_matrix(var)]
+    for eqn in jaxpr.eqns:
+        with named(eqn), eqn.ctx.manager:
+            values.update(zip(eqn.outvars, run(eqn, read(values, eqn.invars)), strict=True))
+        if eqn.primitive.name == "sharding_constraint":  # where a sum of parts becomes one, if it does
+            terms = list(_terms(eqn.invars[0], made))
+            beside = [var for var in kernels if var in values and _meet(terms, list(_terms(var, made)), made)]
+            if beside:
+                together = [*eqn.outvars, *beside]
+                values.update(zip(together, jax.lax.optimization_barrier(read(values, together)), strict=True))
+    return read(values, jaxpr.outvars)
+
+
+def _is_matrix(var: Any) -> bool:
+    return len(var.aval.shape) > 1
+
+
+def _terms(atom: Any, made: _Made) -> Iterator[JaxprEqn]:
+    """The instructions that made the terms of a sum."""
+    eqn = None if isinstance(atom, Literal) else made.get(atom)
+    if eqn is None:
+        return
+    if eqn.primitive.name == "add_any" or eqn.primitive.name in _SHAPES:
+        for term in eqn.invars:
+            yield from _terms(term, made)
+    else:
+        yield eqn
+
+
+def _meet(inputs: list[JaxprEqn], kernels: list[JaxprEqn], made: _Made) -> bool:
+    """Whether the gradient of a kernel is of a linear layer whose input's is among these: they are made by one
+    instruction, or by products of the same gradient of the output."""
+    operands = {_origin(atom, made) for eqn in inputs for atom in _operands(eqn)}
+    return any(
+        any(eqn is other for other in inputs) or operands & {_origin(atom, made) for atom in _operands(eqn)}
+        for eqn in kernels
+    )
+
+
+def _operands(eqn: JaxprEqn) -> list[Var]:
+    """Of a product."""
+    is_product = eqn.primitive.name == "dot_general"
+    return [atom for atom in eqn.invars if not isinstance(atom, Literal)] if is_product else []
+
+
+def _origin(var: Any, made: _Made) -> Any:
+    """The same numbers, before they were given another shape."""
+    while var in made and made[var].primitive.name in _SHAPES:
+        var = made[var].invars[0]
+    return var

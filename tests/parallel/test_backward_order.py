@@ -1,0 +1,63 @@
+"""The sum of an input's gradients waits for those of its kernels, where it crosses devices, and nothing else changes."""
+
+# SPDX-License-Identifier: Apache-2.0
+# S sequence, D features, F features inside
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType
+
+from megajax.parallel.backward_order import kernels_beside_sums
+from megajax.parallel.sharding import constrain
+
+S, D, F = 4, 6, 8
+RULES = (("batch", ("dp",)), ("residual_seq", ("tp",)), ("act_mlp", ("tp",)), ("act_embed", ()))
+
+
+def product(x_SD: Any, w_DF: Any) -> Any:
+    return x_SD @ w_DF
+
+
+def backward(linear: Any) -> Any:
+    """(x, gate, up, dy) -> (dx, d_gate, d_up) of a gated unit between two norms of a kind."""
+
+    def unit(x_SD: Any, gate_DF: Any, up_DF: Any) -> Any:
+        h_SD = constrain(jnp.tanh(x_SD), "residual_seq", "act_embed")
+        return linear(h_SD, gate_DF) * linear(h_SD, up_DF)
+
+    return lambda x, gate, up, dy: jax.vjp(unit, x, gate, up)[1](dy)
+
+
+@pytest.fixture
+def arguments() -> tuple[Any, ...]:
+    draw = np.random.default_rng(0)
+    shapes = ((S, D), (D, F), (D, F), (S, F))
+    return tuple(jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def barriers(linear: Any, arguments: tuple[Any, ...], mesh_shape: dict[str, int]) -> list[Any]:
+    """Shapes that are tied together in the reordered pass, which gives the numbers of the pass as it was."""
+    mesh = jax.make_mesh(tuple(mesh_shape.values()), tuple(mesh_shape), axis_types=(AxisType.Auto,) * len(mesh_shape))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        closed = jax.make_jaxpr(backward(linear))(*arguments)
+        ordered = kernels_beside_sums(closed, [1, 2])
+        eqns = jax.make_jaxpr(ordered)(*arguments).jaxpr.eqns
+        for mine, its in zip(jax.jit(ordered)(*arguments), jax.jit(backward(linear))(*arguments), strict=True):
+            np.testing.assert_allclose(mine, its, rtol=1e-5)
+    return [[var.aval.shape for var in e.outvars] for e in eqns if e.primitive.name == "optimization_barrier"]
+
+
+@pytest.mark.parametrize("linear", [product, jax.checkpoint(product, prevent_cse=False)], ids=["plain", "recomputed"])
+def test_the_sum_and_both_kernels_are_tied_once(linear: Any, arguments: tuple[Any, ...]) -> None:
+    assert barriers(linear, arguments, {"dp": 1, "tp": 2}) == [[(S, D), (D, F), (D, F)]]
+
+
+@pytest.mark.parametrize("mesh_shape", [{"dp": 2, "tp": 1}, {"dp": 2, "tp": 2}])
+def test_nothing_is_tied_where_kernels_would_be_waited_for(mesh_shape: Any, arguments: tuple[Any, ...]) -> None:
+    assert barriers(product, arguments, mesh_shape) == []
