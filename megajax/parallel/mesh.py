@@ -22,8 +22,8 @@ DATA_AXES = ("replica", "dp", "ep")
 SEQUENCE_AXES = ("cp", "ulysses")
 """What the tokens of a sample are divided over, inside of attention as well."""
 
-ZERO_AXES = ("dp", "ep")
-"""What ZeRO shards over; `replica` holds copies (hybrid sharding)."""
+ZERO_AXES = ("dp", "ep", *SEQUENCE_AXES)
+"""What ZeRO shards over, those that see other tokens, as in Megatron; `replica` holds copies (hybrid sharding)."""
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -19,6 +19,8 @@ from megajax.parallel.mesh import DATA_AXES, ZERO_AXES, refinement
 Array = jax.Array
 MeshAxes = tuple[str, ...]
 
+_EXPERT_ZERO_AXES = tuple(axis for axis in ZERO_AXES if axis != "ep")  # which divides the experts
+
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
@@ -69,7 +71,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig, devices: int)
         "ssm_heads": ("tp",),
         "ssm_groups": ssm_groups,
         "experts": ("ep",),
-        "expert_embed": ("dp",) if parallel.zero == 3 else (),  # ep, which ZeRO shards over too, divides the experts
+        "expert_embed": _EXPERT_ZERO_AXES if parallel.zero == 3 else (),
         "expert_mlp": ("tp",),
         "expert_bias": (),
         "head_dim": (),
@@ -79,7 +81,7 @@ def axis_rules(parallel: ParallelConfig, model: TransformerConfig, devices: int)
     }
     table = activations | parameters
     repeated = {name for name, axes in (("kv_heads", kv), ("ssm_groups", ssm_groups)) if not axes}
-    zeros = table | {"embed": ZERO_AXES, "expert_embed": ("dp",)}
+    zeros = table | {"embed": ZERO_AXES, "expert_embed": _EXPERT_ZERO_AXES}
     # Where experts are laid out otherwise than attention, the rows of both are read in parts of these axes.
     refined = refinement(parallel, devices)
     table, zeros = expand(table, refined), expand(zeros, refined)

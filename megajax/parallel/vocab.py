@@ -84,8 +84,14 @@ class VocabLayout:
 
     def summed(self, gradient: Array, dim: int) -> Array:
         """A gradient of the gathered table, fp32, summed over tokens and scattered back as the table lies."""
-        if self.embed:
-            gradient = jax.lax.psum_scatter(gradient, self.embed, scatter_dimension=dim, tiled=True)
+        scattered = tuple(axis for axis in self.embed if axis in self.tokens)
+        if scattered:
+            gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=dim, tiled=True)
+        # Where sequences are whole, devices along the inner axes have the same: each keeps its part.
+        copies = tuple(axis for axis in self.embed if axis not in self.tokens)
+        if copies:
+            size = gradient.shape[dim] // math.prod(jax.lax.axis_size(axis) for axis in copies)
+            gradient = jax.lax.dynamic_slice_in_dim(gradient, jax.lax.axis_index(copies) * size, size, dim)
         rest = tuple(axis for axis in self.tokens if axis not in self.embed)
         return jax.lax.psum(gradient, rest) if rest else gradient
 

@@ -190,7 +190,7 @@ def _weighed(config: Config, leaves: list[Any], flops: int, gpu: Target, devices
     if data > 1:
         times = 3 * microbatches if parallel.zero == 3 else 2
         link *= 1 if parallel.zero < 3 or link == gpu.nvlink else GPUS_PER_NODE / tp
-        sent += times * (2 if parallel.zero == 3 else 4) * (numbers * (data if parallel.zero == 3 else 1)) / link
+        sent += times * (2 if parallel.zero == 3 else 4) * (numbers * (data * cp if parallel.zero == 3 else 1)) / link
     if model.num_moe_experts and parallel.expert_model_parallel_size > 1:
         far = gpu.nvlink if parallel.expert_model_parallel_size * tp * cp <= GPUS_PER_NODE else gpu.network
         sent += 4 * tokens * 2 * hidden * (model.moe_router_topk or 1) * layers * microbatches / far

@@ -53,6 +53,7 @@ DIVIDED = "vocab or heads or kv_heads or mlp or ssm_heads or ssm_groups or exper
         ((None, None), TP | {"zero": 3}, "tp=2", DIVIDED),
         ((None, None), {"zero": 3}, "dp=8", "embed or expert_embed"),
         (("heads", None), {"zero": 1}, "dp=8", "embed or expert_embed"),
+        ((None, None), {"context_parallel_size": 8}, "cp=8", "embed or expert_embed"),
         (("heads", "mlp"), {"zero": 2, "num_distributed_optimizer_instances": 2}, "dp=4", "embed or expert_embed"),
         (("layers", "mlp"), {"zero": 1, "pipeline_model_parallel_size": 2}, "dp=4", "embed or expert_embed"),
     ],
@@ -74,7 +75,7 @@ def test_a_copy_that_nobody_asked_for_is_refused(axes, settings, axis, names):
         (("embed", None), SQUARE, {}),  # ZeRO divides its optimizer state; there is no tensor parallelism
         (("heads", None), SQUARE, ZERO0),
         ((None, None), SQUARE, {"devices": 1}),
-        ((None, None), SQUARE, {"context_parallel_size": 8}),  # no table divides parameters over it
+        (("embed", None), SQUARE, {"context_parallel_size": 8}),  # so it does where devices share samples
         (("embed", "whole"), SQUARE, TP),
         (("whole", "whole"), SQUARE, TP | {"zero": 3}),
         (("positions", "embed"), SQUARE, TP),
