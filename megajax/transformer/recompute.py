@@ -24,6 +24,8 @@ def recomputed(module: nn.Module, part: str, config: TransformerConfig) -> Calla
             *positional, keyword = inner_args
             return inner(*positional, **keyword, **static)  # type: ignore[operator]
 
-        return nn.remat(run)(module, *args, arrays)
+        # Forward and backward are separate loops of a scan: nothing has to keep XLA from merging them, and the barrier
+        # that would holds back what needs no activation, such as a gather, until all that is recomputed with is there.
+        return nn.remat(run, prevent_cse=False)(module, *args, arrays)
 
     return call
