@@ -37,6 +37,14 @@ class Across:
         """The sum over all tokens of each sample; x is that over those here."""
         return jax.lax.psum(x, self.seq) if self.seq else x
 
+    def every_sample(self, x_B: Array) -> Array:
+        """What all samples have, those here at `first_sample` and behind it; x is what those here have."""
+        return jax.lax.all_gather(x_B, self.batch, tiled=True) if self.batch else x_B
+
+    def first_sample(self, count: int) -> Any:
+        """The index, among all samples, of the first of the `count` that are here."""
+        return jax.lax.axis_index(self.batch) * count if self.batch else 0
+
     def mean_of_samples(self, x_B: Array) -> Array:
         """The mean of what each sample has."""
         mean = jnp.mean(x_B)

@@ -62,17 +62,16 @@ def resize(table_RLD: Array, rows: int, columns: int, *, align_corners: bool) ->
     return jnp.einsum("hR,RLD,wL->hwD", down, table_RLD.astype(jnp.float32), across)
 
 
-def random_windows(key: Array, table_RLD: Array, batch: int, rows: int, columns: int) -> Array:
-    """For each of `batch` images another random window of the table, resampled: [batch, rows, columns, D], fp32.
+def random_windows(drawn_B4: Array, table_RLD: Array, rows: int, columns: int) -> Array:
+    """A window of the table for each image, resampled: [B, rows, columns, D], fp32. drawn: uniform numbers in [0, 1).
 
     The cropped position embedding of training: a window of sqrt(0.1) to 1 of each side, of aspect 3/4 to 4/3 (RADIO,
     arXiv:2312.06709; Megatron: `core/models/vision/radio.py`).
     """
-    keys = jax.random.split(key, 3)
-    scale = jax.random.uniform(keys[0], (batch, 1), minval=math.sqrt(0.1), maxval=1.0)
-    aspect = jnp.exp(jax.random.uniform(keys[1], (batch, 1), minval=math.log(3 / 4), maxval=math.log(4 / 3)))
+    scale = math.sqrt(0.1) + (1.0 - math.sqrt(0.1)) * drawn_B4[:, :1]
+    aspect = jnp.exp(math.log(4 / 3) * (2.0 * drawn_B4[:, 1:2] - 1.0))
     size = jnp.clip(jnp.concatenate([scale * aspect, scale / aspect], axis=1), 0.0, 1.0)
-    start = jax.random.uniform(keys[2], (batch, 2)) * (1.0 - size)
+    start = drawn_B4[:, 2:] * (1.0 - size)
 
     def weights(axis: int, new: int, old: int) -> Array:
         points = jnp.linspace(0.0, 1.0, new) * size[:, axis, None] + start[:, axis, None]

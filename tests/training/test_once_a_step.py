@@ -103,7 +103,10 @@ FAMILY_SIZES: dict[str, Any] = {
     [
         pytest.param("bert", {}, CP | TP, id="bert-ring-tp"),
         pytest.param("t5", {"encoder_num_layers": 2}, PP | TP, id="t5-pp-tp", marks=pytest.mark.slow),
-        pytest.param("llava", {}, TP, id="llava-tp", marks=pytest.mark.slow),
+        pytest.param("llava", {}, CP | TP, id="llava-ring-tp", marks=pytest.mark.slow),
+        pytest.param("clip", {}, TP, id="clip-tp"),
+        pytest.param("radio", {}, TP, id="radio-tp", marks=pytest.mark.slow),
+        pytest.param("retro", {"num_layers": 6}, TP, id="retro-tp", marks=pytest.mark.slow),
     ],
 )
 def test_no_gradient_of_a_model_that_declares_it_crosses(family: str, model: Any, parallel: Any) -> None:
@@ -125,8 +128,9 @@ def _assert_sums_are_outside_of_loops(text: str, mesh: Mesh, seq_length: int) ->
     sums = [c for c in census(text, mesh) if c.kind in ("all-reduce", "reduce-scatter")]
     sums = [c for c in sums if c.axes is None or between & {*c.axes}]
     for found in sums:
-        # Results of experts and gradients of keys and values, on their way back to their tokens.
-        of_tokens = found.kind == "reduce-scatter" and any(part in found.op_name for part in ("experts/", "core_att"))
+        # Results of experts, gradients of keys and values, and of features that are compared, on their way back.
+        parts = ("experts/", "core_att", "CLIPModel.loss_sum")
+        of_tokens = found.kind == "reduce-scatter" and any(part in found.op_name for part in parts)
         of_tokens |= (
             "core_att" in found.op_name and found.operand_bytes <= 4 * seq_length
         )  # the mask of a text's padding

@@ -280,5 +280,6 @@ RETRO = Family(
     batch_axes={"context_tokens": ("batch", None, None, None)},
     flops=flops,
     epilogue=epilogue,
+    adds_up_apart=("batch",),
     megatron=megatron,
 )

@@ -213,6 +213,7 @@ CLIP = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    adds_up_apart=("batch",),
     hf=hf,
     megatron=megatron,
 )

@@ -18,6 +18,7 @@ from megajax.ops.attention import AttentionMask
 from megajax.ops.contrastive import sigmoid_losses, softmax_losses
 from megajax.ops.cross_entropy import FusedLoss
 from megajax.ops.linear import linear
+from megajax.parallel.replicas import across
 from megajax.parallel.sharding import constrain, gathered, residual_stream_of
 from megajax.spec import Builder
 from megajax.transformer.block import LayerInputs, TransformerBlock
@@ -194,10 +195,19 @@ class CLIPModel(nn.Module):
         """The contrastive loss: pair i are image i and text i, all others of the batch are what it must not be.
 
         weights: fp32 [B, 1], what the loss of each pair is multiplied by; a pair of weight 0 is still compared with.
+
+        Where replicas compute parts of it apart, each has the losses of its own pairs. It collects the features of all
+        others, whose gradients go back the same way: the sum of the parts is the loss of all pairs together.
         """
-        output = self(images, tokens, attention_mask=attention_mask, deterministic=deterministic)
+        image_embeds = self.encode_image(images, deterministic=deterministic)
+        text_embeds = self.encode_text(tokens, attention_mask=attention_mask, deterministic=deterministic)
+        everyone = across()
+        of_images = self.logits(image_embeds, everyone.every_sample(text_embeds))
+        of_texts = of_images.T
+        if everyone.batch:
+            of_texts = self.logits(everyone.every_sample(image_embeds), text_embeds).T
         losses = sigmoid_losses if self.config.contrastive_loss == "sigmoid" else softmax_losses
-        per_pair = losses(output.logits_per_image)[:, None]
+        per_pair = losses(of_images, of_texts, everyone.first_sample(images.shape[0]))[:, None]
         return FusedLoss(jnp.sum(per_pair * weights), jax.lax.stop_gradient(per_pair))
 
 

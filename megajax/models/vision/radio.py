@@ -16,6 +16,7 @@ from megajax.models.common.vision_module.vision_module import (
 )
 from megajax.models.vision.radio_config import RADIOConfig
 from megajax.ops.images import random_windows, resize
+from megajax.parallel.noise import bernoulli, uniform
 from megajax.parallel.sharding import constrain, gathered
 from megajax.transformer.linear import normal_init, zeros_init
 
@@ -83,13 +84,14 @@ class RADIOModel(VisionModule):
         cfg = self.config
         table_RLD = gathered(self.position_embeddings, *TABLE_AXES).reshape(*cfg.position_grid, -1)  # pyright: ignore
         if cfg.has_cpe and not deterministic and not self.is_initializing() and (rows, columns) != cfg.position_grid:
-            grid = random_windows(self.make_rng("dropout"), table_RLD, batch, rows, columns)
+            drawn = uniform(self.make_rng("dropout"), (batch, 4), "batch", None, low=0.0, high=1.0)
+            grid = random_windows(drawn, table_RLD, rows, columns)
             grid = constrain(grid, "batch", None, None, "act_embed")
         else:
             grid = _at_size(table_RLD, rows, columns, cfg)[None]
         grid = grid.reshape(grid.shape[0], rows * columns, -1)
         if cfg.pos_dropout and not deterministic:
-            kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - cfg.pos_dropout, (batch, 1, 1))
+            kept = bernoulli(self.make_rng("dropout"), 1.0 - cfg.pos_dropout, (batch, 1, 1), "batch", None, None)
             grid = jnp.where(kept, grid, 0.0)  # not scaled up: positions are there whole or not at all
         return grid
 

@@ -180,6 +180,7 @@ RADIO = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    adds_up_apart=("batch",),
     hf=hf,
     megatron=megatron,
 )

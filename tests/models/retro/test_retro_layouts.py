@@ -27,9 +27,11 @@ class Layout:
     tp: int = 1
     sp: bool = False
     zero: int = 1
+    microbatches: int = 1
 
     def __str__(self) -> str:
-        return f"{self.devices}dev-tp{self.tp}{'-sp' * self.sp}-zero{self.zero}"
+        several = f"-{self.microbatches}microbatches" * (self.microbatches > 1)
+        return f"{self.devices}dev-tp{self.tp}{'-sp' * self.sp}-zero{self.zero}{several}"
 
 
 _SIZES: dict[str, Any] = {
@@ -73,10 +75,13 @@ LAYOUTS = [
     Layout(tp=2, sp=True),
 ]
 ALL_AT_ONCE = Layout(tp=2, sp=True, zero=3)
+APART = Layout(tp=2, sp=True, microbatches=2)
+"""Whose gradients the devices add up apart."""
 CASES = [
     pytest.param("retro", ALL_AT_ONCE),
-    pytest.param("retro_relative", ALL_AT_ONCE),
-    pytest.param("retro_odd", ALL_AT_ONCE, marks=pytest.mark.slow),
+    pytest.param("retro_relative", APART),
+    *(pytest.param(model, ALL_AT_ONCE, marks=pytest.mark.slow) for model in ("retro_odd", "retro_relative")),
+    *(pytest.param(model, APART, marks=pytest.mark.slow) for model in ("retro", "retro_odd")),
     *(pytest.param(model, layout, marks=pytest.mark.slow) for model in MODELS for layout in LAYOUTS),
 ]
 
@@ -92,7 +97,9 @@ def _config(model: str, layout: Layout) -> Config:
         ),
         optimizer=OptimizerConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant"),
         data=DataConfig(seq_length=LENGTH),
-        train=TrainConfig(micro_batch_size=BATCH // (layout.devices // layout.tp), global_batch_size=BATCH),
+        train=TrainConfig(
+            micro_batch_size=BATCH // layout.microbatches // (layout.devices // layout.tp), global_batch_size=BATCH
+        ),
     )
 
 
@@ -123,7 +130,8 @@ def _train(model: str, layout: Layout) -> tuple[np.ndarray, dict[str, np.ndarray
     state, seen = program.create_state(), []
     with on_mesh(program):
         for batch in _batches(MODELS[model]):
-            state, metrics = program.train_step(state, place_batch(program, batch, num_microbatches=1))
+            placed = place_batch(program, batch, num_microbatches=layout.microbatches)
+            state, metrics = program.train_step(state, placed)
             seen.append((float(metrics.loss), float(metrics.grad_norm)))
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state.params))
     return np.array(seen), {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -37,7 +37,7 @@ class Layout:
     mbs: int | None = None
 
     def __str__(self) -> str:
-        staged = f"-pp{self.pp}-mbs{self.mbs}" if self.pp > 1 else ""
+        staged = f"-pp{self.pp}" * (self.pp > 1) + f"-mbs{self.mbs}" * (self.mbs is not None)
         experts = f"-ep{self.ep}" if self.ep > 1 else ""
         context = f"-cp{self.cp}-{self.comm}" if self.cp > 1 else ""
         return f"{self.devices}dev-tp{self.tp}{'-sp' * self.sp}-zero{self.zero}{experts}{context}{staged}"
@@ -74,7 +74,7 @@ MODELS: dict[str, Any] = {
     ),
     "radio": RADIOConfig(
         **_SIZES, **_QUIET, **_IMAGES, max_img_h=12, max_img_w=12, class_token_len=2, summary_idxs=(0, 1),
-        num_classes=10, layer_scale_init=0.5,
+        num_classes=10, layer_scale_init=0.5, pos_dropout=0.4,
     ),
     "llava": LLaVAConfig(
         **_SIZES, **_QUIET, **_IMAGES, vocab_size=VOCAB, make_vocab_size_divisible_by=64, num_query_groups=2,
@@ -99,9 +99,9 @@ STAGED = [
 ]
 DIVIDED = [
     Layout(cp=2, zero=3),
-    Layout(devices=8, cp=2, tp=2, sp=True),
-    Layout(devices=2, cp=2, comm="all_gather", zero=0),
-    Layout(cp=4, comm="a2a"),
+    Layout(devices=8, cp=2, tp=2, sp=True, mbs=2),
+    Layout(devices=2, cp=2, comm="all_gather", zero=0, mbs=4),
+    Layout(cp=4, comm="a2a", mbs=4),
     Layout(devices=8, cp=2, pp=2, mbs=2),
 ]
 """Of their sequences; every device sees whole images."""
@@ -111,15 +111,16 @@ CASES = [
     pytest.param("llava", DIVIDED[1]),
     *(pytest.param("llava", layout, marks=pytest.mark.slow) for layout in (*STAGED[1:], DIVIDED[0], *DIVIDED[2:])),
     *(pytest.param("llava_experts", layout, marks=pytest.mark.slow) for layout in WITH_EXPERTS),
-    pytest.param("llava", APART, marks=pytest.mark.slow),
+    *(pytest.param(model, APART, marks=pytest.mark.slow) for model in ("llava", "clip", "siglip")),
+    pytest.param("radio", APART),
     pytest.param("llava_experts", Layout(ep=2, mbs=1), marks=pytest.mark.slow),
-    pytest.param("clip", Layout()),  # the whole batch is compared with each other, wherever it lies
+    pytest.param("clip", Layout(mbs=1)),  # a microbatch is compared with each other, wherever it lies
     *(pytest.param(model, ALL_AT_ONCE) for model in MODELS if model != "llava_experts"),
     *(
         pytest.param(model, layout, marks=pytest.mark.slow)
         for model in MODELS
         for layout in LAYOUTS
-        if model != "llava_experts" and (model, layout) != ("clip", Layout())
+        if model != "llava_experts"
     ),
 ]
 

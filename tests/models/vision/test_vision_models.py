@@ -88,7 +88,7 @@ def test_image_embeddings_of_megatrons_tests() -> None:
 def test_random_windows_lie_in_the_table() -> None:
     """On a table that holds its own coordinates, a window is a grid of them, straight and between the corners."""
     grid = jnp.stack(jnp.meshgrid(jnp.linspace(0, 1, 9), jnp.linspace(0, 1, 9), indexing="ij"), axis=-1)
-    windows = np.asarray(random_windows(jax.random.key(0), grid, 50, 4, 5))
+    windows = np.asarray(random_windows(jax.random.uniform(jax.random.key(0), (50, 4)), grid, 4, 5))
     assert windows.shape == (50, 4, 5, 2)
     assert windows.min() >= -1e-6
     assert windows.max() <= 1 + 1e-6
