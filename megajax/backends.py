@@ -58,7 +58,7 @@ class LocalSpecProvider:
 
     Attributes:
       cp_comm_type: how attention sees a sequence that the mesh divides; without such a mesh it is whole.
-      zigzag: the tokens lie in the order of `megajax.parallel.context.zigzag_indices`.
+      zigzag: the tokens lie in the order of `megajax.parallel.token_order.zigzag_indices`.
     """
 
     cp_comm_type: ContextComm = "p2p"

@@ -21,39 +21,13 @@ from jax.sharding import PartitionSpec
 from megajax.config import ConfigError
 from megajax.ops.attention import AttentionMask, DropoutRecord, attention_dropout_kept, dot_product_attention
 from megajax.ops.flash_attention import FlashKernel, flash_attention
+from megajax.parallel.mesh import CP, ULYSSES
 from megajax.parallel.replicas import axes_apart, parts_apart
 from megajax.parallel.ring_attention import Ring, ring_attention
 from megajax.parallel.sharding import spec_of
+from megajax.parallel.token_order import require_divides, zigzag_inverse
 
 Array = jax.Array
-CP, ULYSSES = "cp", "ulysses"
-
-
-def zigzag_indices(S: int, shards: int) -> np.ndarray:
-    """The order of tokens that balances causal attention: the token's index for each of the S rows.
-
-    The sequence is cut into 2 `shards` chunks; shard i holds chunks i and 2 shards - 1 - i. `shards` is the size of the
-    axis `cp` alone (`ParallelConfig.ring_size`). Megatron: `get_batch_on_this_cp_rank`.
-
-    Raises:
-      ConfigError: S does not divide.
-    """
-    if shards == 1:
-        return np.arange(S)
-    _require_divides(S, 2 * shards, "twice the p2p or all_gather part of context_parallel_size")
-    chunks = np.arange(S).reshape(2 * shards, -1)
-    return np.stack([chunks[:shards], chunks[shards:][::-1]], axis=1).reshape(-1)
-
-
-def zigzag_inverse(S: int, shards: int) -> np.ndarray:
-    """The row of each token: `x[zigzag_indices(...)][zigzag_inverse(...)]` is x."""
-    return np.argsort(zigzag_indices(S, shards))
-
-
-def sequence_order(S: int) -> np.ndarray | None:
-    """The index of the token in each of S rows, on the mesh in context; None where they lie in order."""
-    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    return None if mesh.empty or not rules.get("zigzag") else zigzag_indices(S, mesh.shape[CP])
 
 
 def context_parallel_attention(
@@ -189,9 +163,9 @@ class _Layout:
     def check(self, q_BSNK: Array, k_BTGK: Array, zigzag: bool) -> None:
         parts = parts_apart("seq")
         for length in (q_BSNK.shape[1] * parts, k_BTGK.shape[1] * parts):
-            _require_divides(length, self.cp * self.ulysses, "context_parallel_size")
+            require_divides(length, self.cp * self.ulysses, "context_parallel_size")
             if zigzag and self.cp > 1:
-                _require_divides(length, 2 * self.cp, "twice the p2p or all_gather part of context_parallel_size")
+                require_divides(length, 2 * self.cp, "twice the p2p or all_gather part of context_parallel_size")
         heads = q_BSNK.shape[2]
         if heads % (self.tp * self.ulysses):
             raise ConfigError(
@@ -385,11 +359,3 @@ def _part_of(mask: AttentionMask, rows: slice, columns: np.ndarray) -> Attention
         kv_segment_ids=None if kv_ids is None else kv_ids[:, columns],
         keep=keep,
     )
-
-
-def _require_divides(length: int, shards: int, of_what: str) -> None:
-    if length % shards:
-        raise ConfigError(
-            f"a sequence of {length} tokens is not divisible by {shards} ({of_what}, see cp_comm_type); change"
-            " seq_length or context_parallel_size"
-        )

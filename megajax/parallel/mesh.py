@@ -19,7 +19,7 @@ experts are laid out otherwise than attention, an axis may come in parts, tp1 an
 DATA_AXES = ("replica", "dp", "ep")
 """What the batch is divided over."""
 
-SEQUENCE_AXES = ("cp", "ulysses")
+SEQUENCE_AXES = CP, ULYSSES = ("cp", "ulysses")
 """What the tokens of a sample are divided over, inside of attention as well."""
 
 ZERO_AXES = ("dp", "ep", *SEQUENCE_AXES)

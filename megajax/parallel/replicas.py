@@ -31,7 +31,7 @@ Array = jax.Array
 Tree = Any
 MeshAxes = tuple[str, ...]
 
-_APART = "apart: "
+APART = "apart: "
 """Before the name of a logical axis in the table in context: the mesh axes that divide it between replicas."""
 
 
@@ -62,7 +62,7 @@ class Replicas:
         rules: dict[str, Any] = {}
         for name, axes in dict(nn.get_logical_axis_rules()).items():
             rules[name] = axes if axes is None else tuple(axis for axis in names_of(axes) if axis not in self.axes)
-            rules[_APART + name] = tuple(axis for axis in names_of(axes) if axis in self.axes)
+            rules[APART + name] = tuple(axis for axis in names_of(axes) if axis in self.axes)
         with nn.logical_axis_rules(tuple(rules.items())):
             yield
 
@@ -157,7 +157,7 @@ def across() -> Across:
 def axes_apart(logical: str) -> MeshAxes:
     """Mesh axes, of several devices, that divide a logical axis between replicas where one is traced by itself."""
     shape = jax.sharding.get_abstract_mesh().shape
-    axes = dict(nn.get_logical_axis_rules()).get(_APART + logical) or ()
+    axes = dict(nn.get_logical_axis_rules()).get(APART + logical) or ()
     return tuple(axis for axis in names_of(axes) if shape[axis] > 1)
 
 

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from megajax.config import ConfigError, ParallelConfig, TransformerConfig
 from megajax.parallel.expert_mesh import expand
 from megajax.parallel.mesh import DATA_AXES, ZERO_AXES, refinement
+from megajax.parallel.replicas import APART
 
 Array = jax.Array
 MeshAxes = tuple[str, ...]
@@ -170,7 +171,8 @@ def whole_sequences() -> Iterator[None]:
         yield
         return
     rest = tuple(axis for axis in rules["residual_seq"] or () if axis not in (rules["seq"] or ()))
-    with nn.logical_axis_rules(tuple((rules | {"seq": (), "residual_seq": rest}).items())):
+    apart = {APART + name: () for name in ("seq", "residual_seq")}
+    with nn.logical_axis_rules(tuple((rules | apart | {"seq": (), "residual_seq": rest}).items())):
         yield
 
 

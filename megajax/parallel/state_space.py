@@ -24,8 +24,9 @@ from jax.sharding import PartitionSpec
 from megajax.config import ConfigError
 from megajax.ops.ssd import ssd_kept, ssd_of_state
 from megajax.ops.state_space import Convolution, Dynamics, Projected, Sizes, Window, document_starts, mix
-from megajax.parallel.context import CP, ULYSSES, zigzag_indices
+from megajax.parallel.mesh import CP, ULYSSES
 from megajax.parallel.sharding import spec_of
+from megajax.parallel.token_order import zigzag_indices
 
 Array = jax.Array
 SEQ = (CP, ULYSSES)
@@ -44,7 +45,7 @@ def state_space(
     Args:
       projected, dynamics: global arrays, laid out by the sharding table in context.
       segment_ids: int [B, S], the document of each token; None: one document.
-      zigzag: rows lie in the order of `megajax.parallel.context.zigzag_indices`.
+      zigzag: rows lie in the order of `megajax.parallel.token_order.zigzag_indices`.
 
     Raises:
       ConfigError: the part of a device is shorter than the convolution.

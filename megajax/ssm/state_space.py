@@ -14,7 +14,7 @@ Array = jax.Array
 class StateSpace(nn.Module):
     """The core of the mixer in plain JAX: convolution and recurrence over whole sequences -> y [B, S, H, P].
 
-    zigzag: where the mesh divides the sequence, tokens lie in the order of `megajax.parallel.context.zigzag_indices`.
+    zigzag: where the mesh divides the sequence, tokens lie in the order of `parallel.token_order.zigzag_indices`.
     """
 
     sizes: Sizes

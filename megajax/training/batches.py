@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from megajax.config import ParallelConfig
-from megajax.parallel.context import zigzag_indices
+from megajax.parallel.token_order import zigzag_indices
 
 
 def document_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -19,8 +19,9 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from megajax.config import ConfigError
 from megajax.ops.attention import AttentionMask, dot_product_attention
-from megajax.parallel.context import context_parallel_attention, zigzag_indices, zigzag_inverse
+from megajax.parallel.context import context_parallel_attention
 from megajax.parallel.ring_attention import Ring, blocks
+from megajax.parallel.token_order import zigzag_indices, zigzag_inverse
 
 AXES = ("pp", "replica", "dp", "ep", "cp", "ulysses", "tp")
 B, S, N, K = 2, 16, 4, 4

@@ -38,8 +38,9 @@ from megajax.ops.multimodal import (
     merged_loss_mask,
     reordered,
 )
-from megajax.parallel.context import sequence_order
+from megajax.parallel.replicas import parts_apart
 from megajax.parallel.sharding import constrain, residual_stream_of, whole_sequences
+from megajax.parallel.token_order import sequence_order, tokens_here
 from megajax.spec import Builder
 from megajax.transformer.block import StackRows
 
@@ -202,7 +203,7 @@ class LLaVAModel(nn.Module):
         arguments as for `__call__`.
         """
         slots, x_BSD, inputs = self._merged(
-            images, tokens, num_image_tiles, weights.shape[1], position_ids, None, segment_ids, deterministic
+            images, tokens, num_image_tiles, _whole(weights.shape[1]), position_ids, None, segment_ids, deterministic
         )
         weights = self._weights(slots, tokens, weights)
         hidden_BSD = self.language_model.hidden_states(None, decoder_input=x_BSD, aux_weight=weights.sum(), **inputs)
@@ -253,7 +254,7 @@ class LLaVAModel(nn.Module):
     def embed(self, images: Array, text: Mapping[str, Array], length: int, *, deterministic: bool) -> Array:
         """The residual stream before the language model's first layer, [B, S, D]."""
         segments, tiles = text.get("segment_ids"), text.get("num_image_tiles")
-        return self._merged(images, text["tokens"], tiles, length, None, None, segments, deterministic)[1]
+        return self._merged(images, text["tokens"], tiles, _whole(length), None, None, segments, deterministic)[1]
 
     def run_layers(
         self, x_BSD: Array, rows: Mapping[str, StackRows], images: Array, text: Mapping[str, Array], weights: Array,
@@ -261,10 +262,10 @@ class LLaVAModel(nn.Module):
     ) -> Array:  # fmt: skip
         """x [B, S, D] through the layers that the parameters hold, which `rows` names."""
         tokens, segments = text["tokens"], text.get("segment_ids")
-        slots = self._slots(images, tokens, text.get("num_image_tiles"), x_BSD.shape[1])
+        slots = self._slots(images, tokens, text.get("num_image_tiles"), _whole(x_BSD.shape[1]))
         segments = None if segments is None else jnp.take_along_axis(segments, slots.token, axis=1)
         model: Any = self.language_model
-        positions = _in_order(model.positions(x_BSD, None, segments, None))
+        positions = _in_order(model.positions(slots.token, None, segments, None))
         segments = None if segments is None else _in_order(segments)
         aux_weight = self._weights(slots, tokens, weights).sum()
         inputs = model.layer_inputs(positions, segments, aux_weight=aux_weight)
@@ -274,7 +275,7 @@ class LLaVAModel(nn.Module):
         self, x_BSD: Array, images: Array, text: Mapping[str, Array], labels: Array, weights: Array
     ) -> FusedLoss:
         """`loss_sum` from the residual stream after the last layer, [B, S, D]."""
-        slots = self._slots(images, text["tokens"], text.get("num_image_tiles"), x_BSD.shape[1])
+        slots = self._slots(images, text["tokens"], text.get("num_image_tiles"), _whole(x_BSD.shape[1]))
         model: Any = self.language_model
         weights = self._weights(slots, text["tokens"], weights)
         return self._loss_sum(model.normed(x_BSD), slots, labels, weights)
@@ -328,8 +329,8 @@ class LLaVAModel(nn.Module):
                 ids = jnp.where(is_placeholder, 0, tokens)
                 x_BTD = self.language_model.embed(ids, position_ids, deterministic=deterministic)
             embeddings = self._image_embeddings(images, num_image_tiles, deterministic, x_BTD)
-        order = sequence_order(length)
-        placed = slots if order is None else reordered(slots, jnp.asarray(order))
+        order = tokens_here(length)
+        placed = slots if order is None else reordered(slots, order)
         x_BSD = constrain(merged_embeddings(placed, x_BTD, embeddings), "batch", "residual_seq", "act_embed")
 
         inputs: dict[str, Any] = {"deterministic": deterministic}
@@ -337,7 +338,7 @@ class LLaVAModel(nn.Module):
             segments = jnp.take_along_axis(segment_ids, slots.token, axis=1)
             inputs |= {"segment_ids": _in_order(segments), "position_ids": _in_order(packed_positions(segments))}
         elif order is not None:
-            inputs["position_ids"] = jnp.asarray(order)[None]
+            inputs["position_ids"] = order[None]
         if attention_mask is not None:
             inputs["attention_mask"] = _placed_mask(attention_mask, slots)
         return slots, x_BSD, inputs
@@ -397,9 +398,14 @@ class LLaVAModel(nn.Module):
         return loss_mask if self.config.image_placeholders == "each" else merged_loss_mask(slots, loss_mask)
 
 
+def _whole(slots: int) -> int:
+    """Slots of a sequence of which so many are here."""
+    return slots * parts_apart("seq")
+
+
 def _in_order(x_BS: Array) -> Array:
-    """What slots have, one after the other, in the order in which the mesh in context has them."""
-    order = sequence_order(x_BS.shape[1])
+    """What slots have, one after the other: of those that are here, in the order in which they lie on the mesh."""
+    order = tokens_here(x_BS.shape[1])
     return x_BS if order is None else x_BS[:, order]
 
 
@@ -407,7 +413,7 @@ def _placed_mask(attention_mask: Array, slots: Merge) -> Array:
     """The mask of tokens, [B, T], or of slots, broadcastable to [B, 1, S, S], as the language model reads it."""
     if attention_mask.ndim == 2:
         return _in_order(jnp.take_along_axis(attention_mask, slots.token, axis=1))
-    order = sequence_order(slots.token.shape[1])
+    order = tokens_here(slots.token.shape[1])
     for dim in (2, 3):
         if order is not None and attention_mask.shape[dim] > 1:
             attention_mask = jnp.take(attention_mask, order, axis=dim)
