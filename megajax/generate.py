@@ -1,13 +1,12 @@
-"""Continues text with a trained model: `python -m megajax.generate runs/NAME --prompt "The for statement"`."""
+"""Writes with a trained model: `python -m megajax.generate runs/NAME --prompt "The for statement"`."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megajax import cli
 from megajax.cli_json import read_json
@@ -18,19 +17,24 @@ if TYPE_CHECKING:
     from megajax.data.tokenizers import Tokenizer
     from megajax.inference.generate import Sampling
     from megajax.interop.pretrained import Pretrained
+    from megajax.models.request import Asked, Request
 
 LENGTH = 128
 _HELP = """
-SRC is the folder of a run, of its checkpoints, or of a Hugging Face model.
+SRC is the folder of a run, of its checkpoints, or of a Hugging Face model. A decoder continues the prompt. A decoder
+with an encoder writes what belongs to it, such as the spans that <extra_id_0> and on stand for. A model that sees is
+asked about images, which stand where the prompt says <image>, or in front of it.
 
 examples:
   python -m megajax.generate runs/NAME --prompt "The for statement" --temperature 0.6 --top-p 0.95
   python -m megajax.generate ~/model --prompt "1, 2, 3," --temperature 0 --num-tokens 32 --json
+  python -m megajax.generate runs/NAME --prompt "The for statement <extra_id_0> over a sequence." --temperature 0
+  python -m megajax.generate ~/model --image cat.jpg --prompt "USER: <image>\nWhat is this? ASSISTANT:"
 """
 
 
 def main(argv: list[str]) -> None:
-    """Prints each prompt with its continuation."""
+    """Prints what the model writes for each prompt."""
     options = _parser().parse_args(argv)
     wanted = options.num_tokens
     require(wanted is None or wanted > 0, f"--num-tokens {wanted}: must be at least 1")
@@ -46,31 +50,49 @@ def main(argv: list[str]) -> None:
     find_devices()
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     tokenizer = build_tokenizer(options.tokenizer or find_tokenizer(source))
+    request = request_of(source, tokenizer, options.image)
     pretrained = on_device(read(source), jax.default_backend())
     for index, prompt in enumerate(options.prompt or [""]):
-        ids = tokenizer.tokenize(prompt) or [tokenizer.eod]
-        length = wanted or default_length(pretrained, len(ids))
-        new = continuation(pretrained, tokenizer, ids, length, sampling, options.seed + index)
-        text = tokenizer.detokenize([*ids, *new])
+        asked = ask(pretrained, tokenizer, request._replace(text=prompt))
+        new = continuation(pretrained, asked, wanted, sampling, options.seed + index)
+        text = asked.text(new)
         if options.json:
             print(json.dumps({"prompt": prompt, "text": text, "tokens": new}), flush=True)
         else:
             print(text, flush=True)
 
 
+def request_of(source: Path, tokenizer: Tokenizer, images: list[Path]) -> Request:
+    """What is asked, without the text.
+
+    Raises:
+      ConfigError: an image cannot be read, or nothing says how the model of the folder reads it.
+    """
+    from megajax.data.images import preparation_in, read_image
+    from megajax.data.tokenizers import HFTokenizer
+    from megajax.models.request import Request
+
+    pixels = [read_image(path.expanduser()) for path in images]
+    if _is_checkpoint(source):  # trained here, on texts without special tokens around them
+        return Request("", tokenizer.tokenize, pixels)
+    tokenize = tokenizer.tokenize_with_specials if isinstance(tokenizer, HFTokenizer) else tokenizer.tokenize
+    as_it_is = all(image.dtype.kind == "f" for image in pixels)
+    return Request("", tokenize, pixels, None if as_it_is else preparation_in(source))
+
+
 def read(source: Path) -> Pretrained:
     """The model in a folder of either kind.
 
     Raises:
-      ConfigError: there is none, or it is of a family that continues no text.
+      ConfigError: there is none, or it is of a family that writes nothing.
     """
     from megajax import convert
     from megajax.models.registry import FAMILIES
 
     pretrained = convert.read("megajax" if _is_checkpoint(source) else "hf", source)
-    if FAMILIES[pretrained.family].write is None:
-        writers = ", ".join(name for name, family in FAMILIES.items() if family.write is not None)
-        raise ConfigError(f"{source}: holds a {pretrained.family}, which continues no text; give one of {writers}")
+    if FAMILIES[pretrained.family].ask is None:
+        writers = ", ".join(name for name, family in FAMILIES.items() if family.ask is not None)
+        raise ConfigError(f"{source}: holds a {pretrained.family}, which writes no text; give one of {writers}")
     return pretrained
 
 
@@ -106,30 +128,41 @@ def find_tokenizer(source: Path) -> str:
     raise ConfigError(f"{source}: no config.json of a run stands there to name the tokenizer; give --tokenizer")
 
 
-def default_length(pretrained: Pretrained, prompt: int) -> int:
-    """Tokens to write after a prompt of so many, where nobody says how many: 128, or what fits."""
-    longest = pretrained.config.max_sequence_length
-    return LENGTH if longest is None else max(1, min(LENGTH, longest - prompt))
+def ask(pretrained: Pretrained, tokenizer: Tokenizer, request: Request) -> Asked:
+    """A request as the model reads it.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    from megajax.models.registry import FAMILIES
+
+    asked = FAMILIES[pretrained.family].ask
+    assert asked is not None  # `read` has refused the rest
+    return asked(pretrained.config, tokenizer, request)
 
 
 def continuation(
-    pretrained: Pretrained, tokenizer: Tokenizer, prompt: Sequence[int], num_tokens: int, sampling: Sampling, seed: int
+    pretrained: Pretrained, asked: Asked, num_tokens: int | None, sampling: Sampling, seed: int
 ) -> list[int]:
-    """The ids that follow a prompt, at most `num_tokens` and none after the end of the document."""
+    """The ids that the model writes, none after the end: at most `num_tokens`; None is 128, or what fits."""
     import jax
+    import numpy as np
 
-    from megajax.models.registry import FAMILIES
+    from megajax.inference.generate import generate
 
-    write = FAMILIES[pretrained.family].write
-    assert write is not None  # `read` has refused the rest
-    longest = pretrained.config.max_sequence_length
-    if longest is not None and len(prompt) + num_tokens > longest:
+    model: Any = pretrained.model
+    longest, taken = pretrained.config.max_sequence_length, model.prompt_slots(asked.arrays)
+    if num_tokens is None:
+        num_tokens = LENGTH if longest is None else max(1, min(LENGTH, longest - taken))
+    if longest is not None and taken + num_tokens > longest:
         raise ConfigError(
-            f"--num-tokens {num_tokens} after a prompt of {len(prompt)} exceeds max_sequence_length={longest}; lower it"
+            f"--num-tokens {num_tokens} after a prompt of {taken} exceeds max_sequence_length={longest}; lower it"
         )
+    prompt = {name: jax.numpy.asarray(array) for name, array in asked.arrays.items()}
     key = jax.random.key(seed)
-    new = write(pretrained.model, pretrained.params, prompt, num_tokens=num_tokens, sampling=sampling, key=key)
-    return new[: new.index(tokenizer.eod)] if tokenizer.eod in new else new
+    written = generate(model, pretrained.params, prompt, num_tokens=num_tokens, sampling=sampling, key=key)
+    new = np.asarray(written[0]).tolist()
+    return new[: new.index(asked.end)] if asked.end in new else new
 
 
 def _is_checkpoint(source: Path) -> bool:
@@ -148,6 +181,8 @@ def _parser() -> cli.Parser:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC")
     add("--prompt", action="append", metavar="TEXT", help="may be given several times (the end of a document)")
+    files = "PNG, JPEG or .npy; may be given several times, and then goes with every prompt"
+    add("--image", action="append", type=Path, default=[], metavar="FILE", help=files)
     add("--num-tokens", type=int, metavar="N", help=f"at most so many are written ({LENGTH}, or what fits)")
     add("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (1)")
     add("--top-k", type=int, default=0, metavar="K", help="of the likeliest K tokens; 0 for all (0)")

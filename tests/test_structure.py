@@ -62,7 +62,7 @@ FLOORS = {
 }
 # What plugs a family into the programs stands on their floor: its record, data, and names of weights elsewhere.
 PLUGS = ("_family", "_data", "_hf", "_megatron")
-PLUG_MODULES = ("models.family", "models.language", "models.registry")
+PLUG_MODULES = ("models.family", "models.language", "models.registry", "models.request")
 PLUG_FLOOR = 5
 NO_FLAX = ("ops", "data")
 
@@ -213,6 +213,7 @@ def test_does_not_import_flax(package: str) -> None:
 
 
 IMPORT_NAMES = {"orbax-checkpoint": "orbax", "absl-py": "absl", "ml-dtypes": "ml_dtypes", "scikit-learn": "sklearn"}
+IMPORT_NAMES |= {"pillow": "PIL"}
 
 
 def _distributions(requirements: list[str]) -> set[str]:

@@ -150,6 +150,10 @@ class HFTokenizer:
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def tokenize_with_specials(self, text: str) -> list[int]:
+        """Ids of `text` between the special tokens that the file says the model reads around it."""
+        return self._tokenizer.encode(text, add_special_tokens=True).ids
+
     def detokenize(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 

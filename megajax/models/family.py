@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from megajax.config import Config, TransformerConfig
@@ -18,9 +18,9 @@ if TYPE_CHECKING:  # jax and flax load only when a model is built, so that the c
     from megajax.backends import BackendSpecProvider
     from megajax.data.build import Datasets, Sizes
     from megajax.data.tokenizers import Tokenizer
-    from megajax.inference.generate import Sampling
     from megajax.interop.hf_architecture import Architecture
     from megajax.interop.megatron_layouts import Tensor
+    from megajax.models.request import Asked, Request
     from megajax.ops.cross_entropy import FusedLoss
     from megajax.parallel.pipeline_pieces import Pieces
     from megajax.transformer.stack import Segment
@@ -62,20 +62,15 @@ class LossFn(Protocol):
         ...
 
 
-class Write(Protocol):
-    """How a model continues text."""
+class Ask(Protocol):
+    """How a request becomes what a model reads."""
 
-    def __call__(
-        self,
-        model: nn.Module,
-        params: Any,
-        prompt: Sequence[int],
-        *,
-        num_tokens: int,
-        sampling: Sampling,
-        key: jax.Array,
-    ) -> list[int]:
-        """The `num_tokens` ids that follow a prompt of at least one id."""
+    def __call__(self, config: Any, tokenizer: Tokenizer, request: Request) -> Asked:
+        """config: the model's.
+
+        Raises:
+          ConfigError: the model cannot read it.
+        """
         ...
 
 
@@ -130,7 +125,7 @@ class Family:
       flops: (model config, batch_size, seq_length) -> model FLOPs of a training step.
       baseline: (config, data sets) -> (name, loss) of the line in the loss plot, or None.
       epilogue: what a finished run prints: the held-out measure that matters, beside what it must beat; a sample.
-      write: how it continues text, for `python -m megajax.generate`; None where it does not.
+      ask: how it is asked to write, for `python -m megajax.generate`; None where it writes nothing.
       prompt: (model config, requests, length) -> arrays of shape and dtype by name that its model reads before it
         writes, which fill a cache of `length` tokens. None: it has no cache, or writes nothing.
       adds_up_apart: whether devices that see a part of a microbatch each, and sum what is to be summed over it
@@ -158,7 +153,7 @@ class Family:
     flops: Callable[..., int] = language.flops
     baseline: Callable[[Config, Datasets], tuple[str, float] | None] = language.baseline
     epilogue: Callable[[Finished], Iterable[str]] = language.epilogue
-    write: Write | None = None
+    ask: Ask | None = None
     prompt: Callable[[Any, int, int], Mapping[str, jax.ShapeDtypeStruct]] | None = None
     adds_up_apart: tuple[Literal["batch", "seq"], ...] = ()
     pipeline_pieces: Callable[[nn.Module], Pieces] | None = None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megajax.data.tokenizers import Tokenizer
     from megajax.inference.generate import Sampling
     from megajax.models.family import Finished
+    from megajax.models.request import Asked, Request
 
 
 def fit(config: Config, tokenizer: Tokenizer) -> Config:
@@ -115,6 +116,25 @@ def prompt(config: TransformerConfig, requests: int, length: int) -> dict[str, j
 
     del config
     return {"tokens": jax.ShapeDtypeStruct((requests, length), "int32")}
+
+
+def ask(config: TransformerConfig, tokenizer: Tokenizer, request: Request) -> Asked:
+    """A text to continue; the end of a document in the place of an empty one."""
+    import numpy as np
+
+    from megajax.models.request import Asked
+
+    del config
+    refuse_images(request)
+    ids = request.tokenize(request.text) or [tokenizer.eod]
+    tokens = np.array([ids], np.int32)
+    return Asked({"tokens": tokens}, tokenizer.eod, lambda new: tokenizer.detokenize([*ids, *new]))
+
+
+def refuse_images(request: Request) -> None:
+    """Raises ConfigError where there are some."""
+    if request.images:
+        raise ConfigError("--image: this model reads no images; drop it")
 
 
 def write(

@@ -17,6 +17,7 @@ from megajax.models.vision.radio_config import RADIOConfig
 from megajax.models.vision.vision_config import SUBTYPES, FinalNorm, Pooler, VisionConfig
 from megajax.ssm.mamba_config import MambaConfig
 
+IMAGE_TOKEN = "<image>"
 VisionModelType = Literal["clip", "siglip", "internvit", "internvit300M", "radio", "radio-g", "cradio-g"]
 LanguageModelType = Literal["gpt", "mamba"]
 

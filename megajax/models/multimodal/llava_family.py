@@ -268,6 +268,7 @@ LLAVA = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    ask=llava_data.ask,
     prompt=prompt,
     adds_up_apart=("batch", "seq"),
     pipeline_pieces=pipeline_pieces,

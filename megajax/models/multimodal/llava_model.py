@@ -22,7 +22,7 @@ from megajax.models.common.language_module.language_module import (
 )
 from megajax.models.gpt.gpt_model import GPTModel
 from megajax.models.mamba.mamba_model import MambaModel
-from megajax.models.multimodal.llava_config import LanguageModelType, LLaVAConfig
+from megajax.models.multimodal.llava_config import IMAGE_TOKEN, LanguageModelType, LLaVAConfig
 from megajax.models.vision.clip_vit_model import CLIPVisionTransformer
 from megajax.models.vision.multimodal_projector import get_projector_spec
 from megajax.models.vision.radio import RADIOModel
@@ -49,7 +49,6 @@ __all__ = ["DEFAULT_IMAGE_TOKEN_INDEX", "IGNORE_INDEX", "IMAGE_TOKEN", "LLaVAMod
 Array = jax.Array
 
 DEFAULT_IMAGE_TOKEN_INDEX = -200
-IMAGE_TOKEN = "<image>"
 
 LANGUAGE_MODELS: Mapping[LanguageModelType, type[nn.Module]] = {"gpt": GPTModel, "mamba": MambaModel}
 

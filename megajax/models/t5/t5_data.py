@@ -1,10 +1,13 @@
-"""Texts with missing spans: Megatron's T5 data set, and what the trainer makes of it."""
+"""Texts with missing spans: Megatron's T5 data set, what the trainer makes of it, and how users give one."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ from megajax.data.masked_dataset import MaskingConfig, SentenceSamples, Vocabula
 from megajax.data.sentences import build_sentence_datasets
 from megajax.data.special_tokens import SpecialTokens, special_tokens
 from megajax.data.tokenizers import Tokenizer
+from megajax.models import language
+from megajax.models.request import Asked, Request
 from megajax.models.t5.t5_config import T5Config
 
 ROLES = ("pad", "bos", "eos")
@@ -184,6 +189,44 @@ def datasets(config: Config, tokenizer: Tokenizer, sizes: Sizes) -> Datasets:
         return T5Dataset(tokens, documents, samples, dataset_config, cache_path=cache)
 
     return build_sentence_datasets(config.data, tokenizer, sizes, build)
+
+
+def ask(config: T5Config, tokenizer: Tokenizer, request: Request) -> Asked:
+    """A text to read; <extra_id_0> and on stand for missing spans in it, and in front of them in what is written.
+
+    Raises:
+      ConfigError: the text is empty, or longer than the model reads.
+    """
+    language.refuse_images(request)
+    special = t5_tokens(tokenizer, config.vocab_extra_ids).ids
+    names = {special[f"sentinel_{i}"]: f"<extra_id_{i}>" for i in range(config.vocab_extra_ids)}
+    ids = _ids(request, tokenizer, {name: sentinel for sentinel, name in names.items()})
+    longest = config.max_sequence_length
+    if not ids or len(ids) > (longest or len(ids)):
+        raise ConfigError(f"--prompt: has {len(ids)} tokens; the model reads 1 to {longest or 'any number'}")
+    text = np.array([ids], np.int32)
+    arrays = {
+        "encoder_input": text,
+        "encoder_mask": np.ones(text.shape, bool),
+        "decoder_input": np.array([[special["bos"]]], np.int32),
+    }
+
+    def shown(new: Sequence[int]) -> str:
+        runs = [(known, list(run)) for known, run in groupby(new, lambda one: one in names)]
+        return "".join("".join(names[i] for i in run) if k else tokenizer.detokenize(run) for k, run in runs)
+
+    return Asked(arrays, special["eos"], shown)
+
+
+def _ids(request: Request, tokenizer: Tokenizer, sentinels: dict[str, int]) -> list[int]:
+    """Ids of a text in which sentinels may stand, also those that the tokenizer does not know."""
+    if all(tokenizer.token_id(name) is not None for name in sentinels):
+        return request.tokenize(request.text)
+    ids: list[int] = []
+    *pieces, last = re.split(r"(<extra_id_\d+>)", request.text)
+    for piece in pieces:
+        ids += [sentinels[piece]] if piece in sentinels else tokenizer.tokenize(piece)
+    return ids + request.tokenize(last)
 
 
 def check_lengths(model: T5Config, seq_length: int) -> T5Config:

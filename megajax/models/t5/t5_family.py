@@ -298,6 +298,7 @@ T5 = Family(
     flops=flops,
     baseline=baseline,
     epilogue=epilogue,
+    ask=t5_data.ask,
     prompt=prompt,
     adds_up_apart=("batch",),
     pipeline_pieces=pipeline_pieces,
