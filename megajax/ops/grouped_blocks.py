@@ -3,7 +3,8 @@
 Transformer Engine's GroupedLinear under Float8BlockScaling: rows, and gradients, in tiles of 1 x 128 along the terms of
 each sum, kernels in blocks of 128 x 128; and under MXFP8BlockScaling: all of them in tiles of 1 x 32. For the gradient
 of a kernel tiles run along an expert's rows, from its first on: so groups are whole tiles, as in DeepSeek's DeepGEMM,
-and what is rounded together there is what meets on a device.
+and what is rounded together there is what meets on a device, in the order in which it arrives: that of the tokens, or
+with sequence parallelism of its devices.
 """
 
 # SPDX-License-Identifier: Apache-2.0

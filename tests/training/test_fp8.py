@@ -56,7 +56,9 @@ def fp8_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blueprint, "choose_backend", choose)
 
 
-def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, adam: bool = False, **parallel: Any) -> Config:
+def config_of(
+    kernels: KernelConfig, *, mbs: int = 2, seq: int = SEQ, model: Any = None, adam: bool = False, **parallel: Any
+) -> Config:
     optimizer = (
         OptimizerConfig(lr=0.01, weight_decay=0.5)
         if adam
@@ -82,17 +84,17 @@ def config_of(kernels: KernelConfig, *, mbs: int = 2, model: Any = None, adam: b
         parallel=ParallelConfig(**parallel),
         kernels=kernels,
         optimizer=dataclasses.replace(optimizer, lr_decay_style="constant"),
-        data=DataConfig(seq_length=SEQ),
+        data=DataConfig(seq_length=seq),
         train=TrainConfig(micro_batch_size=mbs, global_batch_size=BATCH),
     )
 
 
-def batches() -> list[dict[str, np.ndarray]]:
+def batches(seq: int = SEQ) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(5)
     made = []
     for _ in range(STEPS):
-        text = rng.integers(VOCAB, size=(BATCH, SEQ + 1)).astype(np.int32)
-        index = np.broadcast_to(np.arange(SEQ, dtype=np.int32), text[:, 1:].shape)
+        text = rng.integers(VOCAB, size=(BATCH, seq + 1)).astype(np.int32)
+        index = np.broadcast_to(np.arange(seq, dtype=np.int32), text[:, 1:].shape)
         mask = (rng.random(index.shape) < 0.8).astype(np.float32)
         made.append({"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "position_ids": index})
     return made
@@ -117,7 +119,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 def train(config: Config, devices: int = 8) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(losses and gradient norms, final parameters by path)."""
     program = build_program(config, FAMILIES[config.model_family], devices=jax.devices()[:devices])
-    state, seen = steps(program, program.create_state(), batches())
+    state, seen = steps(program, program.create_state(), batches(config.data.seq_length))
     return seen, named(program.stages.to_stored(state.params))
 
 
@@ -133,6 +135,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": EXPERTS,
     "wide experts": EXPERTS | {"moe_ffn_hidden_size": 256},
+    "one layer of them": EXPERTS | {"moe_ffn_hidden_size": 256, "num_layers": 1},
     "ends": {"first_last_layers_bf16": True},
     "shared": {
         "hybrid_override_pattern": "SS",
@@ -148,9 +151,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_exactly(kernels: KernelConfig, mbs: int, model: str = "dense", devices: int = 1, **parallel: Any) -> Any:
+def train_exactly(
+    kernels: KernelConfig, mbs: int, model: str = "dense", seq: int = SEQ, devices: int = 1, **parallel: Any
+) -> Any:
     changes = SIZES[kernels.fp8_recipe] | MODELS[model] | {"params_dtype": "float64"}
-    return train(config_of(kernels, mbs=mbs, model=changes, **parallel), devices)
+    return train(config_of(kernels, mbs=mbs, seq=seq, model=changes, **parallel), devices)
 
 
 one_device = functools.cache(train_exactly)
@@ -161,9 +166,12 @@ def dp_of(layout: dict[str, Any]) -> int:
     return layout["devices"] // math.prod(model_parallel)
 
 
+SP = "sequence_parallel"
 DP4 = {"devices": 4, "mbs": 1, "zero": 0}  # replicas that add up their own gradients
 SP2 = {"devices": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, "mbs": 4}
 PP2 = {"devices": 4, "pipeline_model_parallel_size": 2, "mbs": 1}
+MEET = {"devices": 2, "model": "one layer of them", "expert_model_parallel_size": 2, "mbs": 4, "seq": 32}
+MEET_TP2 = MEET | {"devices": 4, "tensor_model_parallel_size": 2}
 EP2 = {"devices": 4, "model": "experts", "expert_model_parallel_size": 2, "mbs": 1}
 LAYOUTS: list[tuple[KernelConfig, dict[str, Any]]] = [
     (DELAYED, DP4),
@@ -184,10 +192,16 @@ LAYOUTS: list[tuple[KernelConfig, dict[str, Any]]] = [
     (MXFP8, {"devices": 4, "mbs": 2, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     (MXFP8, {"devices": 2, "context_parallel_size": 2, "mbs": 4}),
     (BLOCKWISE, {"devices": 4, "mbs": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True, "zero": 3}),
+    (BLOCKWISE, MEET_TP2),
 ]
 SLOW_LAYOUTS: list[tuple[KernelConfig, dict[str, Any]]] = [
     (MXFP8, {"devices": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True, "mbs": 2}),
     (BLOCKWISE, SP2 | {"devices": 4, "model": "wide experts", "pipeline_model_parallel_size": 2}),
+    (MXFP8, MEET),
+    (MXFP8, MEET_TP2),
+    (BLOCKWISE, MEET),
+    (MXFP8, MEET_TP2 | {SP: True}),
+    (BLOCKWISE, MEET_TP2 | {SP: True}),
 ]
 
 
@@ -204,10 +218,13 @@ def test_every_layout_computes_the_same(kernels: KernelConfig, layout: dict[str,
     found = train_exactly(kernels, **layout)
     # With delayed scaling microbatches change nothing. Otherwise the tensors are those of one, with the same samples.
     mbs = BATCH if kernels is DELAYED else layout["mbs"] * dp_of(layout)
-    wanted = one_device(kernels, mbs, layout.get("model", "dense"))
+    seq = layout.get("seq", SEQ)
+    wanted = one_device(kernels, mbs, layout.get("model", "dense"), seq)
     # Blocks along tokens hold others where a mesh divides them: by powers of two of other sizes, so that other numbers
-    # are too small for them. Without context parallelism, devices hold whole blocks of 32 tokens, but not of 128.
-    cut = (kernels is MXFP8 and "context_parallel_size" in layout) or (kernels is BLOCKWISE and dp_of(layout) > 1)
+    # are too small for them. Experts read the rows that meet on a device as sequence parallelism hands them over.
+    block = {"mxfp8": 32, "blockwise": 128}.get(kernels.fp8_recipe, 1)
+    cut = dp_of(layout) > 1 and layout["mbs"] * seq % block > 0
+    cut |= block > 1 and ("context_parallel_size" in layout or {*layout} >= {"expert_model_parallel_size", SP})
     rtol = 1e-7 if cut else 1e-12
     assert_alike(found, wanted, rtol)
     assert any(name.endswith(FP8_META) for name in wanted[1]) == (kernels is DELAYED)
