@@ -60,8 +60,8 @@ FLOORS = {
     "planning": 6,
     "doctor": 6,
 }
-# What plugs a family into the programs stands on their floor: its record, data, and names of weights elsewhere.
-PLUGS = ("_family", "_data", "_hf", "_megatron")
+# What plugs a family into the programs stands on their floor: its record, data, writing, and weights elsewhere.
+PLUGS = ("_family", "_data", "_generate", "_hf", "_megatron")
 PLUG_MODULES = ("models.family", "models.language", "models.registry", "models.request")
 PLUG_FLOOR = 5
 NO_FLAX = ("ops", "data")

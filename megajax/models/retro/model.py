@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 # B batch, S sequence, L chunks of a sequence, K neighbours of a chunk, F = B L K neighbours, R tokens of each, D hidden
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -162,6 +163,53 @@ class RETROModel(nn.Module):
             context_mask=AttentionMask(keep=keep),
         )
         return self.decoder(x_BSD, inputs, deterministic=deterministic)
+
+    # Generation calls the model in these ways; see `megajax.models.retro.retro_generate`.
+
+    @nn.nowrap
+    def prompt_slots(self, prompt: Mapping[str, Array]) -> int:
+        """Positions of the cache that a prompt, "tokens" int [B, P], takes."""
+        return prompt["tokens"].shape[1]
+
+    def reserve(self, prompt: Mapping[str, Array], length: int) -> Array:
+        """For `init`, which makes a cache of `length` positions, and at least of a chunk."""
+        cfg, B = self.resolved_config, prompt["tokens"].shape[0]
+        length = max(length, cfg.retro_chunk_length)
+        neighbors = (B, length // cfg.retro_chunk_length, cfg.retro_num_neighbors, cfg.retro_retrieved_length)
+        return self._next_logits(jnp.zeros((B, length), jnp.int32), jnp.zeros(neighbors, jnp.int32), 0)
+
+    def read(self, prompt: Mapping[str, Array]) -> Array:
+        """Logits fp32 [B, V] after prompts that an empty cache takes in: "tokens" int [B, P], and "context_tokens" int
+        [B, L, K, R], the neighbours of their P // `retro_chunk_length` complete chunks.
+
+        Chunks are counted from the start: what is written behind a text does not move them.
+        """
+        return self._next_logits(prompt["tokens"], prompt["context_tokens"], 0)
+
+    def read_on(self, token_B: Array, position: Array, context_BKR: Array | None = None) -> Array:
+        """Logits fp32 [B, V] after one token more, which is the cache's at `position`.
+
+        context_BKR: the neighbours of the chunk, where the token is the last one of it.
+        """
+        context = None if context_BKR is None else context_BKR[:, None]
+        return self._next_logits(token_B[:, None], context, position)
+
+    def _next_logits(self, tokens: Array, context_BLKR: Array | None, position: Array | int) -> Array:
+        """Logits after the last of these tokens [B, S], which are the cache's from `position` on."""
+        position_ids = position + jnp.arange(tokens.shape[1])[None]
+        x_BSD, context_FRD = self.embedding(tokens, position_ids), None
+        if context_BLKR is not None and context_BLKR.shape[1]:
+            R = context_BLKR.shape[-1]
+            with residual_stream_of(R):
+                context_FRD = self.embedding(context_BLKR.reshape(-1, R), jnp.arange(R)[None])
+        inputs = LayerInputs(
+            AttentionMask(causal=True, offset=position),
+            None if self.rotary_pos_emb is None else self.rotary_pos_emb.rotary(position_ids),
+            context=context_FRD,
+            context_mask=AttentionMask(offset=position),
+        )
+        hidden_BSD = self.decoder(x_BSD, inputs, decode=True)
+        return language_model_logits(hidden_BSD[:, -1:], self.output_weight(), self.resolved_config)[:, -1]
 
     def _context(
         self, tokens: Array, context_tokens: Array, position_ids: Array | None, mask: Array | None

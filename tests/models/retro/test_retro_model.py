@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from megajax.backends import LocalSpecProvider
 from megajax.config import ConfigError, TransformerConfig
+from megajax.inference.generate import init_cache
 from megajax.models.common.layer_parts import cross_attention_spec
 from megajax.models.retro.chunks import chunks, in_sequence, num_chunks, readers
 from megajax.models.retro.config import RetroConfig
@@ -22,6 +23,8 @@ from megajax.models.retro.decoder_attention import RetroDecoderCrossAttention
 from megajax.models.retro.decoder_spec import get_retro_decoder_block_spec
 from megajax.models.retro.encoder_attention import RetroEncoderCrossAttention
 from megajax.models.retro.model import RETROModel
+from megajax.models.retro.retrieval import ChunkDatabase
+from megajax.models.retro.retro_generate import generate
 from megajax.ops.attention import AttentionMask
 
 M, K, R, VOCAB = 4, 2, 8, 30
@@ -195,6 +198,49 @@ def test_padding_behind_a_text_changes_nothing() -> None:
     longer_tokens, longer_context = texts(16)
     longer_tokens[:, :8], longer_context[:, :2] = tokens, context
     assert_close(call(longer_tokens, longer_context)[:, :8], call(tokens, context))
+
+
+def test_cached_steps_equal_the_full_pass_across_the_ends_of_chunks() -> None:
+    """From a prompt without a complete chunk past the ends of two; two layers read neighbours."""
+    config, prompt, length = CONFIG.replace(num_layers=9), 2, 9
+    model, params = RETROModel(config), parameters(config)
+    tokens, context = texts(12, batch=2)
+    full = call(tokens, context, config)
+    given = {"tokens": tokens[:, :prompt], "context_tokens": context[:, : prompt // M]}
+    cache = init_cache(model, params, given, length=length)
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def step(cache: Any, *arguments: Any, method: str) -> Any:
+        logits, updated = model.apply({"params": params, "cache": cache}, *arguments, method=method, mutable=["cache"])
+        return logits, updated["cache"]
+
+    logits, cache = step(cache, given, method="read")
+    assert_close(logits, full[:, prompt - 1])
+    for place in range(prompt, length):
+        found = context[:, place // M] if (place + 1) % M == 0 else None
+        logits, cache = step(cache, tokens[:, place], place, found, method="read_on")
+        assert_close(logits, full[:, place])
+
+
+def test_writing_looks_up_each_chunk_once_it_is_complete() -> None:
+    """What is chosen from, from a prompt of two chunks and a token on, is what the full pass says of the text."""
+    config = CONFIG.replace(
+        position_embedding_type="rope", retro_encoder_rotary=True, retro_cross_attention_rotary=True
+    )  # fmt: skip
+    database = ChunkDatabase(list(np.random.default_rng(1).integers(VOCAB, size=(5, 21))), M, pad=0)
+    prompt, rows = texts(9)[0][0].tolist(), []
+
+    def choose(logits: jax.Array, place: int) -> jax.Array:
+        assert place == len(prompt) + len(rows)
+        rows.append(np.asarray(logits[0]))
+        return logits.argmax(axis=-1)
+
+    new = generate(RETROModel(config), parameters(config), prompt, database, num_tokens=7, choose=choose)
+    text = np.array([*prompt, *new])
+    found = database.search(text.reshape(-1, M), K, [[]] * 4, span=2)
+    full = call(text[None], database.read(found, R)[None], config)[0]
+    assert_close(np.stack(rows), full[len(prompt) - 1 : -1])
+    np.testing.assert_array_equal(new, np.stack(rows).argmax(axis=-1))
 
 
 def test_hidden_tokens_are_seen_through_neighbors_of_their_chunk_alone() -> None:
