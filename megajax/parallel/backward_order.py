@@ -4,7 +4,8 @@ With tensor parallelism the gradient of a linear layer's input is a sum over dev
 The gradient of its kernel waits for nothing and nothing waits for it, so that XLA's scheduler, which works from the end
 of a program, puts it last, beside what happens to be there. Megatron computes it while the sum is under way
 (`core/tensor_parallel/layers.py`, `LinearWithGradAccumulationAndAsyncCommunication`). Here the sum is used only once
-the gradients of the kernels are there; then they are what is left to lie beside it.
+the gradients of the kernels are there; then they are what is left to lie beside it. A gradient that sequence
+parallelism gathers is used once those are there that no sum had.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -17,8 +18,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.sharding import PartitionSpec
 
 from megajax.parallel.jaxprs import named, read, run, start
+from megajax.parallel.replicas import names_of
 
 Array = jax.Array
 _Made = Mapping[Var, JaxprEqn]
@@ -36,33 +39,44 @@ def kernels_beside_sums(closed: ClosedJaxpr, gradients: Sequence[int]) -> Callab
     Args:
       gradients: the places, among the results, of gradients of parameters.
     """
-    sums = any(_is_divided(axis) for axis in ("act_heads", "act_mlp", "act_ssm_heads"))
-    return partial(_run, closed, tuple(gradients)) if sums and not _is_divided("batch") else jaxpr_as_fun(closed)
+    sums = {name for axis in ("act_heads", "act_mlp", "act_ssm_heads") for name in _dividing(axis)}
+    return partial(_run, closed, tuple(gradients), sums) if sums and not _dividing("batch") else jaxpr_as_fun(closed)
 
 
-def _is_divided(axis: str) -> bool:
-    """Whether XLA divides a logical axis of activations."""
+def _dividing(axis: str) -> list[str]:
+    """The mesh axes over which XLA divides a logical axis of activations."""
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
     names = () if mesh.empty else rules.get(axis) or ()
-    return any(mesh.shape[name] > 1 for name in names if name not in mesh.manual_axes)
+    return [name for name in names if name not in mesh.manual_axes and mesh.shape[name] > 1]
 
 
-def _run(closed: ClosedJaxpr, gradients: Sequence[int], *args: Array) -> list[Array]:
+def _run(closed: ClosedJaxpr, gradients: Sequence[int], sums: set[str], *args: Array) -> list[Array]:
     jaxpr, values = closed.jaxpr, start(closed, args)
     made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
-    read_again = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, Literal)}
+    readers = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, Literal)}
     results = [var for var in map(jaxpr.outvars.__getitem__, gradients) if not isinstance(var, Literal)]
-    kernels = [var for var in results if var in made and var not in read_again and _is_matrix(var)]
+    left = [var for var in results if var in made and var not in readers and _is_matrix(var)]
     for eqn in jaxpr.eqns:
         with named(eqn), eqn.ctx.manager:
             values.update(zip(eqn.outvars, run(eqn, read(values, eqn.invars)), strict=True))
-        if eqn.primitive.name == "sharding_constraint":  # where a sum of parts becomes one, if it does
-            terms = list(_terms(eqn.invars[0], made))
-            beside = [var for var in kernels if var in values and _meet(terms, list(_terms(var, made)), made)]
-            if beside:
-                together = [*eqn.outvars, *beside]
-                values.update(zip(together, jax.lax.optimization_barrier(read(values, together)), strict=True))
+        if eqn.primitive.name != "sharding_constraint":
+            continue
+        terms, reader = list(_terms(eqn.invars[0], made)), readers.get(eqn.outvars[0])
+        there = [var for var in left if var in values]
+        beside = [var for var in there if _meet(terms, list(_terms(var, made)), made)]
+        if not beside and reader is not None and not {*reader.outvars}.isdisjoint(left) and _is_whole(eqn, sums):
+            beside = there  # an output's gradient is gathered, beside what the layers after it have left
+        if beside:
+            left = [var for var in left if var not in beside]
+            together = [*eqn.outvars, *beside]
+            values.update(zip(together, jax.lax.optimization_barrier(read(values, together)), strict=True))
     return read(values, jaxpr.outvars)
+
+
+def _is_whole(constraint: JaxprEqn, axes: set[str]) -> bool:
+    """Whether it leaves nothing divided over these mesh axes."""
+    spec: PartitionSpec = constraint.params["sharding"].spec
+    return axes.isdisjoint(name for entry in spec for name in names_of(entry))
 
 
 def _is_matrix(var: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The sum of an input's gradients waits for those of its kernels, where it crosses devices, and nothing else changes."""
+"""The sum of an input's gradients waits for those of its kernels where it crosses devices; nothing else changes."""
 
 # SPDX-License-Identifier: Apache-2.0
 # S sequence, D features, F features inside
@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import AxisType
 
 from megajax.parallel.backward_order import kernels_beside_sums
-from megajax.parallel.sharding import constrain
+from megajax.parallel.sharding import constrain, constrain_gradient
 
 S, D, F = 4, 6, 8
 RULES = (("batch", ("dp",)), ("residual_seq", ("tp",)), ("act_mlp", ("tp",)), ("act_embed", ()))
@@ -34,6 +34,16 @@ def backward(linear: Any) -> Any:
     return lambda x, gate, up, dy: jax.vjp(unit, x, gate, up)[1](dy)
 
 
+def backward_of_two(down: Any) -> Any:
+    """(x, into, back, dy) -> (dx, d_into, d_back) of a linear map whose output is gathered before another's."""
+
+    def unit(x_SD: Any, into_DF: Any, back_DF: Any) -> Any:
+        h_SF = constrain_gradient(down(x_SD, into_DF), None, "act_embed")
+        return down(jnp.tanh(h_SF) @ jnp.ones((F, D)), back_DF)
+
+    return lambda x, into, back, dy: jax.vjp(unit, x, into, back)[1](dy)
+
+
 @pytest.fixture
 def arguments() -> tuple[Any, ...]:
     draw = np.random.default_rng(0)
@@ -41,23 +51,28 @@ def arguments() -> tuple[Any, ...]:
     return tuple(jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def barriers(linear: Any, arguments: tuple[Any, ...], mesh_shape: dict[str, int]) -> list[Any]:
+def barriers(passes: Any, arguments: tuple[Any, ...], mesh_shape: dict[str, int]) -> list[Any]:
     """Shapes that are tied together in the reordered pass, which gives the numbers of the pass as it was."""
     mesh = jax.make_mesh(tuple(mesh_shape.values()), tuple(mesh_shape), axis_types=(AxisType.Auto,) * len(mesh_shape))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        closed = jax.make_jaxpr(backward(linear))(*arguments)
+        closed = jax.make_jaxpr(passes)(*arguments)
         ordered = kernels_beside_sums(closed, [1, 2])
         eqns = jax.make_jaxpr(ordered)(*arguments).jaxpr.eqns
-        for mine, its in zip(jax.jit(ordered)(*arguments), jax.jit(backward(linear))(*arguments), strict=True):
+        for mine, its in zip(jax.jit(ordered)(*arguments), jax.jit(passes)(*arguments), strict=True):
             np.testing.assert_allclose(mine, its, rtol=1e-5)
     return [[var.aval.shape for var in e.outvars] for e in eqns if e.primitive.name == "optimization_barrier"]
 
 
 @pytest.mark.parametrize("linear", [product, jax.checkpoint(product, prevent_cse=False)], ids=["plain", "recomputed"])
 def test_the_sum_and_both_kernels_are_tied_once(linear: Any, arguments: tuple[Any, ...]) -> None:
-    assert barriers(linear, arguments, {"dp": 1, "tp": 2}) == [[(S, D), (D, F), (D, F)]]
+    assert barriers(backward(linear), arguments, {"dp": 1, "tp": 2}) == [[(S, D), (D, F), (D, F)]]
+
+
+def test_a_kernel_that_no_sum_has_is_tied_to_the_gradient_that_is_gathered(arguments: tuple[Any, ...]) -> None:
+    again = jax.checkpoint(product, prevent_cse=False)
+    assert barriers(backward_of_two(again), arguments, {"dp": 1, "tp": 2}) == [[(S, F), (D, F)]]
 
 
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2, "tp": 1}, {"dp": 2, "tp": 2}])
 def test_nothing_is_tied_where_kernels_would_be_waited_for(mesh_shape: Any, arguments: tuple[Any, ...]) -> None:
-    assert barriers(product, arguments, mesh_shape) == []
+    assert barriers(backward(product), arguments, mesh_shape) == []
