@@ -50,9 +50,10 @@ class ParallelConfig:
     """Order of forwards and backwards: 1f1b; gpipe runs all forwards first and keeps their activations; zb-h1 computes
     the gradients of weights apart, when a stage would wait."""
     pipeline_engine: PipelineEngine | None = None
-    """What runs the schedule. lockstep: a forward and a backward of every stage at each tick, without a branch; 1f1b
-    of one stack of layers only; keeps up to 2 p - 1 microbatches. table: any schedule, one operation and one branch a
-    tick; 1f1b keeps p microbatches; no ring of context parallelism. None: lockstep where it can, else table."""
+    """What runs the schedule. lockstep: a forward and a backward of every stage at each tick; 1f1b of one stack of
+    layers only; keeps up to 2 p - 1 microbatches. table: any schedule, one operation of each stage a tick; 1f1b keeps
+    p microbatches, as Megatron's; no ring of context parallelism. None: table where chunks divide into two equal
+    parts, but lockstep where layers are computed again, experts are shared out, context has rings or zero > 1."""
     microbatch_group_size_per_vp_stage: int | None = None
     """Microbatches that pass one chunk before the next chunk's turn; None: the number of stages. Needs the table."""
     pipeline_model_parallel_layout: str | None = None
@@ -118,12 +119,12 @@ class ParallelConfig:
         )
         # A collective-permute is one meeting of all its pairs, also of those whose stage branches elsewhere.
         require(
-            self.resolved_pipeline_engine == "lockstep" or not self.zigzag,
+            not self.runs_a_table or not self.zigzag,
             f"cp_comm_type={self.cp_comm_type!r} needs pipeline_engine='lockstep'; use a2a or all_gather with"
             f" pipeline_schedule={self.pipeline_schedule!r} and the table",
         )
         require(
-            self.microbatch_group_size_per_vp_stage is None or self.resolved_pipeline_engine == "table",
+            self.microbatch_group_size_per_vp_stage is None or self.runs_a_table,
             f"microbatch_group_size_per_vp_stage={self.microbatch_group_size_per_vp_stage} needs"
             " pipeline_engine='table'; set it",
         )
@@ -147,9 +148,9 @@ class ParallelConfig:
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
-    def resolved_pipeline_engine(self) -> PipelineEngine:
-        """The engine that is meant."""
-        return self.pipeline_engine or ("lockstep" if self.pipeline_schedule == "1f1b" else "table")
+    def runs_a_table(self) -> bool:
+        """Whether the table's engine is asked for, or nothing else runs the schedule."""
+        return (self.pipeline_engine or ("lockstep" if self.pipeline_schedule == "1f1b" else "table")) == "table"
 
     @property
     def runs_beside(self) -> bool:
@@ -158,7 +159,7 @@ class ParallelConfig:
 
     @property
     def _may_run_beside(self) -> bool:
-        has_stages = self.pipeline_model_parallel_size > 1 and self.resolved_pipeline_engine == "lockstep"
+        has_stages = self.pipeline_model_parallel_size > 1 and not self.runs_a_table
         return has_stages and self.expert_model_parallel_size > 1
 
     @property

@@ -1,9 +1,9 @@
-"""Branches that only some stages of a pipeline take, and a check that none of their collectives waits for the others.
+"""Operations that only some stages of a pipeline run, and a check that none of their collectives waits for the others.
 
-What is written keeps collectives between stages outside of such branches; but it is XLA that places collectives, and
+What is written keeps collectives between stages outside of such operations; but it is XLA that places collectives, and
 one that it puts in there waits for devices that never come, with no word of what is wrong. A `collective-permute` is
-one meeting of all devices that it names, whoever sends to whom, so that in such a branch even one inside of each stage
-is one too many. The text of the compiled program tells before the first step.
+one meeting of all devices that it names, whoever sends to whom, so that in there even one inside of each stage is one
+too many. The text of the compiled program tells before the first step.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from megajax.config import ConfigError
@@ -23,7 +24,7 @@ from megajax.parallel.mesh import stem
 Tree = Any
 
 SOME_STAGES = "of_some_stages"
-"""Name of such branches, in the names of their operations."""
+"""Part of the names of such operations."""
 _PP = "pp"
 
 
@@ -33,23 +34,37 @@ def branch_of_some_stages(index: Any, branches: list[Callable[[], Tree]]) -> Tre
         return jax.lax.switch(index, branches)
 
 
+def run_on_some_stages(wanted: jax.Array, function: Callable[[Tree], Tree], state: Tree, name: str) -> Tree:
+    """`function(state)` on the stages where it is wanted, else the state.
+
+    A loop of one turn or none, for that writes where its state lies: each branch of a `jax.lax.cond` would return a
+    copy. Has no derivative. name: of the loop, in the names of its instructions.
+    """
+
+    def turn(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+        return jnp.bool_(False), function(carry[1])
+
+    with jax.named_scope(SOME_STAGES), jax.named_scope(name):
+        return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, state))[1]
+
+
 def require_no_meeting_in_branches(hlo_text: str, mesh: Mesh) -> None:
     """Reads a compiled program.
 
     Raises:
-      ConfigError: a branch that only some stages take has a collective that others have to come to.
+      ConfigError: what only some stages run has a collective that others have to come to.
     """
     for found in meetings_in_branches(hlo_text, mesh):
         axes = "devices of several stages" if found.axes is None else ", ".join(found.axes)
         raise ConfigError(
             f"pipeline_model_parallel_size={mesh.shape[_PP]}: the compiled step would hang in {found.kind} {found.name}"
-            f" over {axes} ({found.op_name or 'of XLA'}), in a branch that only some stages take; change the mesh, the"
+            f" over {axes} ({found.op_name or 'of XLA'}), which only some stages run; change the mesh, the"
             " stages' layers or pipeline_engine"
         )
 
 
 def meetings_in_branches(hlo_text: str, mesh: Mesh) -> Iterator[Collective]:
-    """The collectives in branches of some stages that are for more devices than those of one stage's group."""
+    """The collectives in operations of some stages that are for more devices than those of one stage's group."""
     if SOME_STAGES not in hlo_text:
         return
     computations, _ = computations_of(hlo_text)
@@ -58,7 +73,7 @@ def meetings_in_branches(hlo_text: str, mesh: Mesh) -> Iterator[Collective]:
         instruction
         for instructions in computations.values()
         for instruction in instructions
-        if instruction.opcode == "conditional" and _is_of_some_stages(instruction)
+        if instruction.opcode in ("while", "conditional") and _is_of_some_stages(instruction)
     ]
     for instruction in _within(computations, {name for each in branching for name in each.called}):
         kind = kind_of(instruction)
@@ -70,9 +85,9 @@ def meetings_in_branches(hlo_text: str, mesh: Mesh) -> Iterator[Collective]:
             yield found
 
 
-def _is_of_some_stages(conditional: Instruction) -> bool:
-    """By its own name: what stands inside of such a branch has the name, too, and is found with it."""
-    return SOME_STAGES in conditional.op_name.split("/")
+def _is_of_some_stages(loop: Instruction) -> bool:
+    """By its own name: what stands inside has the name, too, and is found with it."""
+    return SOME_STAGES in loop.op_name.split("/")
 
 
 def _within(computations: Mapping[str, list[Instruction]], names: set[str]) -> Iterator[Instruction]:

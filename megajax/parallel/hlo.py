@@ -62,10 +62,12 @@ class Instruction(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Trip counts of the loops around an instruction, outermost first, and whether it stands in a branch."""
+    """Trip counts of the loops around an instruction, outermost first, and whether it stands in a branch. share: of the
+    times that all this tells, those when it runs."""
 
     loops: tuple[int | None, ...] = ()
     conditional: bool = False
+    share: float = 1.0
 
 
 def executed(hlo_text: str) -> Iterator[tuple[Instruction, Where]]:
@@ -80,7 +82,7 @@ def executed(hlo_text: str) -> Iterator[tuple[Instruction, Where]]:
                 continue
             inside = where
             if instruction.opcode == "while":
-                inside = Where((*where.loops, instruction.trips), where.conditional)
+                inside = where._replace(loops=(*where.loops, instruction.trips))
             elif instruction.opcode == "conditional":
                 inside = where._replace(conditional=True)
             for callee in instruction.called:

@@ -32,15 +32,18 @@ Combine = Callable[[Array, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`array[index]`, where it lies. To `jax.tree` it is a leaf."""
+    """`array[index]`, where it lies, or of that `count` rows from the `first` on. To `jax.tree` it is a leaf."""
 
     array: Array
     index: tuple[Array, ...] = ()
+    first: int = 0
+    count: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the row."""
-        return self.array.shape[len(self.index) :]
+        whole = self.array.shape[len(self.index) :]
+        return whole if self.count is None else (self.count, *whole[1:])
 
     @property
     def dtype(self) -> Any:
@@ -49,30 +52,47 @@ class Row:
 
     def at(self, index: Array) -> Row:
         """A row of the row."""
-        return Row(self.array, (*self.index, index))
+        return Row(self.array, (*self.index, self.first + index if self.first else index))
+
+    def part(self, first: int, count: int) -> Row:
+        """Some of the rows of a whole one."""
+        assert self.count is None
+        return dataclasses.replace(self, first=first, count=count)
 
     def read(self) -> Array:
         """A copy."""
-        if not self.index:
+        if self._is_all:
             return self.array
         sizes = (1,) * len(self.index) + self.shape
         return jax.lax.dynamic_slice(self.array, self._start, sizes).reshape(self.shape)
 
     def written(self, value: Array) -> Array:
         """The array with another row."""
-        if not self.index:
-            return value.astype(self.dtype)
-        value = value.astype(self.dtype).reshape((1,) * len(self.index) + self.shape)
+        value = value.astype(self.dtype)
+        if self._is_all:
+            return value
+        value = value.reshape((1,) * len(self.index) + self.shape)
         return jax.lax.dynamic_update_slice(self.array, value, self._start)
 
-    def reshaped(self, shape: tuple[int, ...]) -> Row:
-        """As a row of this shape."""
-        return Row(self.array.reshape(*self.array.shape[: len(self.index)], *shape), self.index)
+    def reshaped(self, shape: tuple[int, ...]) -> Row | None:
+        """As a row of this shape; None: rows that are left out do not have it."""
+        outer = self.array.shape[: len(self.index)]
+        if self.count is None:
+            return Row(self.array.reshape(*outer, *shape), self.index)
+        if shape[:1] != (self.count,):
+            return None
+        whole = self.array.reshape(*outer, self.array.shape[len(outer)], *shape[1:])
+        return dataclasses.replace(self, array=whole)
+
+    @property
+    def _is_all(self) -> bool:
+        return not self.index and self.count is None
 
     @property
     def _start(self) -> tuple[Any, ...]:
+        rest = (self.first, *(0 for _ in self.shape[1:])) if self.shape else ()
         # All of one type, also where plain numbers have 64 bits.
-        return tuple(jnp.asarray(at, jnp.int32) for at in (*self.index, *(0 for _ in self.shape)))
+        return tuple(jnp.asarray(at, jnp.int32) for at in (*self.index, *rest))
 
 
 class Target(NamedTuple):
@@ -167,7 +187,9 @@ def _wanted(jaxpr: Jaxpr, into: Sequence[Target | None]) -> dict[Any, Target]:
             target, before = wanted[eqn.outvars[0]], eqn.invars[0]
             if not isinstance(before, Literal) and uses[before] == 1:
                 shape = before.aval.shape  # type: ignore[attr-defined]
-                wanted[before] = target._replace(row=target.row.reshaped(shape))
+                row = target.row.reshaped(shape)
+                if row is not None:
+                    wanted[before] = target._replace(row=row)
     return wanted
 
 
@@ -197,7 +219,7 @@ def _scan(eqn: JaxprEqn, given: list[Any], targets: Mapping[int, Target]) -> lis
         rows = [x.at(index).read() if isinstance(x, Row) else next(rest) for x in xs]
         results = body(*consts, *carry, *rows)
         for place, target in placed.items():
-            here = Row(arrays[place], target.row.index).at(index)
+            here = dataclasses.replace(target.row, array=arrays[place]).at(index)
             arrays = arrays | {place: target._replace(row=here).with_value(results[place])}
         ys = [y for place, y in enumerate(results) if place >= num_carry and place not in placed]
         return (list(results[:num_carry]), arrays), ys

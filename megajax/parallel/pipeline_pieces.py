@@ -220,14 +220,29 @@ class Chunks:
         self.params = tuple(by_chunk(tree, self.of_block) for tree in staged)
         self.rows = tuple(by_chunk(tree, self.of_block) for tree in rows)
 
-    def at(self, block: int, chunk: Array) -> tuple[Tree, Tree]:
-        """(parameters, rows) of a chunk of a block; matrices are `Row`s."""
-        place = self.place(block, chunk)
+    def layers(self, block: int) -> int:
+        """Rows of a chunk of a block."""
+        return jax.tree.leaves(self.rows[block])[0].shape[1]
 
-        def of_leaf(leaf: Array) -> Array | Row:
-            return Row(leaf, (place,)) if leaf.ndim > 3 else at_index(leaf, place)
+    def at(self, block: int, chunk: Array, first: int = 0, count: int | None = None) -> tuple[Tree, Tree]:
+        """(parameters, rows) of a chunk of a block, or of `count` of its layers; matrices are `Row`s."""
 
-        return jax.tree.map(of_leaf, self.params[block]), at_index(self.rows[block], place)
+        def small(row: Row) -> Array | Row:
+            return row if row.array.ndim > 3 else row.read()
+
+        params, rows = (self.of_rows(block, t, chunk, first, count) for t in (self.params[block], self.rows[block]))
+        return jax.tree.map(small, params), jax.tree.map(lambda row: row.read(), rows)
+
+    def of_rows(self, block: int, tree: Tree, chunk: Array, first: int = 0, count: int | None = None) -> Tree:
+        """Of a tree of leaves [v, n, ...] where a chunk lies, or `count` of its layers."""
+        place, layers = self.place(block, chunk), self.layers(block)
+
+        def of_leaf(leaf: Array) -> Row:
+            row = Row(leaf, (place,))
+            whole = count in (None, layers) or leaf.shape[1] != layers  # what all layers read has one row
+            return row if whole else row.part(first, count or layers)
+
+        return jax.tree.map(of_leaf, tree)
 
     def place(self, block: int, chunk: Array) -> Array:
         """Where among those of its block a chunk lies."""

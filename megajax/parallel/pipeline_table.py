@@ -5,20 +5,26 @@ every member of a stage's tensor-, context- and data-parallel groups takes the s
 groups' collectives; what crosses stages stays outside of them. Against the lockstep engine of `pipeline.py` it costs a
 branch a tick and buys any order of operations: 1F1B with the activations of p instead of 2 p - 1 microbatches, GPipe,
 and ZB-H1, whose weight gradients are operations of their own.
+
+Stages meet at the end of each tick, so a tick takes as long as the longest operation in it. A backward is cut into
+parts, some of its layers each, that take about as long as a forward: then no stage waits for another's longer one.
+
+A branch is a loop of one turn or none, for a loop writes where its carry lies: each branch of a `cond` that returned a
+buffer would return a copy.
 """
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from megajax.parallel.branch_check import branch_of_some_stages
-from megajax.parallel.gradient_sums import combine_at
+from megajax.parallel.branch_check import run_on_some_stages
+from megajax.parallel.in_place import Row, Target, adding, is_target
 from megajax.parallel.pipeline_pieces import (
     PP,
     BlockFn,
@@ -48,8 +54,13 @@ from megajax.parallel.schedules import KINDS, Schedule
 Array = jax.Array
 Tree = Any
 
-FORWARD, BACKWARD = 1 + KINDS.index("F"), 1 + KINDS.index("B")
+FORWARD, BACKWARD, WEIGHTS = (1 + KINDS.index(kind) for kind in ("F", "B", "W"))
 """Of `StageTicks.kind`."""
+
+
+def loop_of(kind: int, part: int = 0) -> str:
+    """What the loop of one turn or none is called, in which an operation runs, in the names of its instructions."""
+    return f"stage_{('forward', 'backward', 'weights')[kind - 1]}_{part}"
 
 
 def table_gradients(
@@ -62,27 +73,35 @@ def table_gradients(
     specs: Params,
     gradient_specs: Params,
     replicas: Replicas = ALIKE,
+    parts: int = 1,
 ) -> tuple[Params, Array]:
-    """As `pipeline_gradients`, for any number of blocks, by a valid schedule of the chunks of all of them together."""
+    """As `pipeline_gradients`, for any number of blocks, by a valid schedule of the chunks of all of them together.
+
+    Args:
+      parts: of a backward; with more than one, each block is one stack of at least so many layers a chunk.
+    """
 
     def region(params: Params, rows: tuple[Tree, ...], work: Work) -> tuple[Params, Array]:
-        return replicas.reduced(*_Engine(pieces, schedule, params, rows, work, gradient_specs).gradients())
+        return replicas.reduced(*_Engine(pieces, schedule, params, rows, work, gradient_specs, parts).gradients())
 
     gradients = manual_part(replicas.specs if replicas.axes else specs, (PP, *replicas.axes))
     return over_stages(region, specs, (gradients, PartitionSpec()), replicas)(params, rows, work)
 
 
 class _Buffers(NamedTuple):
-    """Of a block, leaves [slots, ...]. saved: what F keeps until B or, where W needs it, until W. aside: what B
-    keeps for W."""
+    """Of a block, leaves [slots, ...]. saved: what each part of F keeps until B or, where W needs it, until W. aside:
+    what B keeps for W."""
 
-    saved: list[Array]
+    saved: tuple[list[Array], ...]
     aside: list[Array]
 
 
-class _Block(NamedTuple):
-    """How the layers of a block are run. longer: of each array that F keeps whether W needs it."""
+class _Part(NamedTuple):
+    """Some of the layers of a block, `count` from the `first` on. longer: of each array that F keeps whether W needs
+    it."""
 
+    first: int
+    count: int
     residuals: Residuals
     split: SplitResiduals | None
     longer: tuple[bool, ...]
@@ -111,21 +130,28 @@ class _Engine:
         rows: tuple[Tree, ...],
         work: Work,
         gradient_specs: Params,
+        parts: int,
     ) -> None:
         self.pieces, self.schedule, self.work, self.gradient_specs = pieces, schedule, work, gradient_specs
-        self.plan = plan_ticks(schedule, len(pieces.blocks))
+        self.plan = plan_ticks(schedule, len(pieces.blocks), parts)
         self.stage = jax.lax.axis_index(PP)
         self.chunks = Chunks(params.staged, rows, schedule.chunks)
         self.params = params._replace(staged=self.chunks.params)
         self.ends = Ends(pieces, params.shared, work, schedule.stages, gradient_specs)
-        self.blocks = [self._block(index, block) for index, block in enumerate(pieces.blocks)]
+        self.blocks = [self._parts(index, block, parts) for index, block in enumerate(pieces.blocks)]
 
-    def _block(self, index: int, block: BlockFn) -> _Block:
-        like, first = self.ends.x_like, self.work.at(jnp.int32(0))
-        chunk = self.chunks.at(index, jnp.int32(index * self.chunks.of_block))
-        residuals = Residuals.of(block, chunk, like, first)
-        split = SplitResiduals.of(residuals, chunk, like, first) if self.schedule.splits_backward else None
-        return _Block(residuals, split, split.longer if split else (False,) * len(residuals.shapes))
+    def _parts(self, index: int, block: BlockFn, parts: int) -> tuple[_Part, ...]:
+        like, first_work, first_chunk = self.ends.x_like, self.work.at(jnp.int32(0)), index * self.chunks.of_block
+        count = self.chunks.layers(index)
+        found = []
+        for part in range(parts):
+            first, end = part * count // parts, (part + 1) * count // parts
+            chunk = self.chunks.at(index, jnp.int32(first_chunk), first, end - first)
+            residuals = Residuals.of(block, chunk, like, first_work)
+            split = SplitResiduals.of(residuals, chunk, like, first_work) if self.schedule.splits_backward else None
+            longer = split.longer if split else (False,) * len(residuals.shapes)
+            found.append(_Part(first, end - first, residuals, split, longer))
+        return tuple(found)
 
     def gradients(self) -> tuple[Params, Array]:
         """All ticks."""
@@ -138,14 +164,18 @@ class _Engine:
         slots, like = self.plan.slots, self.ends.x_like
         none = zeros(like)
         inputs, waiting = (room(max(count, 1), like) for count in (slots.input, slots.gradient))
-        buffers = tuple(self._buffers(index, block) for index, block in enumerate(self.blocks))
+        buffers = tuple(self._buffers(index, parts) for index, parts in enumerate(self.blocks))
         return _Carry(none, none, inputs, waiting, buffers, zero_sums(self.params))
 
-    def _buffers(self, index: int, block: _Block) -> _Buffers:
+    def _buffers(self, index: int, parts: tuple[_Part, ...]) -> _Buffers:
         slots = self.plan.slots
-        lengths = (slots.saved_longer[index] if longer else slots.saved[index] for longer in block.longer)
-        saved = [room(length, shape) for length, shape in zip(lengths, block.residuals.shapes, strict=True)]
-        return _Buffers(saved, room(slots.aside[index], list(block.split.cut.aside)) if block.split else [])
+
+        def of_part(part: _Part) -> list[Array]:
+            lengths = (slots.saved_longer[index] if longer else slots.saved[index] for longer in part.longer)
+            return [room(length, shape) for length, shape in zip(lengths, part.residuals.shapes, strict=True)]
+
+        aside = [room(slots.aside[index], list(part.split.cut.aside)) for part in parts if part.split is not None]
+        return _Buffers(tuple(map(of_part, parts)), aside[0] if aside else [])
 
     def _tick(self, carry: _Carry, tick: tuple[StageTicks, Events]) -> tuple[_Carry, None]:
         mine: StageTicks = at_index(tick[0], self.stage)
@@ -157,7 +187,7 @@ class _Engine:
         staged, buffers, out = self._operation(mine, x, _read(waiting, mine.gradient), carry)
         sums = carry.sums._replace(gradients=carry.sums.gradients._replace(staged=staged))
         sums, dy = self.ends.leave(events.leaves != NONE, jnp.maximum(events.leaves, 0), out, sums)
-        waiting = _written(waiting, dy, mine.leaving)
+        waiting = _written(_written(waiting, dy, mine.leaving), out, mine.midway)
         sums = self.ends.enter_backward(events.returns != NONE, jnp.maximum(events.returns, 0), out, sums)
         from_before = self._sent(events.sends_forward, out, 1)
         return _Carry(from_before, self._sent(events.sends_backward, out, -1), inputs, waiting, buffers, sums), None
@@ -167,100 +197,71 @@ class _Engine:
         return jax.lax.cond(sends == 1, lambda: shift(out, self.schedule.stages, by), lambda: zeros(out))
 
     def _operation(self, mine: StageTicks, x: Tree, g: Tree, carry: _Carry) -> tuple[Tree, tuple[_Buffers, ...], Tree]:
-        """(gradients of the staged parameters, buffers, output or gradient of the input) after the operation.
-
-        Branches read the buffers and return what is new. It is written here: a branch that returned a buffer would
-        return a copy, and so would every other.
-        """
-        work, buffers, count = self.work.at(mine.microbatch), carry.buffers, len(self.blocks)
-
-        def result(index: int, changed: _Change) -> tuple[tuple[_Change, ...], Tree]:
-            out = zeros(x) if changed.out is None else changed.out
-            changes = [self._nothing(other, buffers[other]) for other in range(count)]
-            changes[index] = changes[index].replaced_by(changed)
-            return tuple(self._laid_out(*pair) for pair in enumerate(changes)), as_stream(out)
-
-        runs: list[Callable[[int], _Change]] = [
-            lambda index: self._forward(index, mine, x, work),
-            lambda index: self._backward(index, mine, g, work, buffers[index]),
-        ]
-        if self.schedule.splits_backward:
-            runs.append(lambda index: self._weights(index, mine, work, buffers[index]))
-        branches = [lambda: result(0, _Change())]
-        branches += [lambda run=run, index=index: result(index, run(index)) for run in runs for index in range(count)]
+        """(gradients of the staged parameters, buffers, output or gradient of the input) after the operation."""
+        work, out = self.work.at(mine.microbatch), as_stream(zeros(x))
+        staged, buffers = list(carry.sums.gradients.staged), list(carry.buffers)
         block = jnp.maximum(mine.chunk, 0) // self.chunks.of_block
-        branch = jnp.where(mine.kind == 0, 0, 1 + (mine.kind - 1) * count + block)
-        changes, out = branch_of_some_stages(branch, branches)
-        staged = tuple(self._added(i, t, c, mine) for i, (t, c) in enumerate(self._pairs(carry, changes)))
-        new = tuple(self._stored(i, b, c, mine) for i, (b, c) in enumerate(zip(buffers, changes, strict=True)))
-        return laid_out(staged, self.gradient_specs.staged), new, out
+        for index, parts in enumerate(self.blocks):
 
-    @staticmethod
-    def _pairs(carry: _Carry, changes: tuple[_Change, ...]) -> zip[tuple[Tree, _Change]]:
-        return zip(carry.sums.gradients.staged, changes, strict=True)
+            def due(kind: int, part: int = 0, index: int = index) -> Array:
+                return (mine.kind == kind) & (mine.part == part) & (block == index)
 
-    def _nothing(self, index: int, buffers: _Buffers) -> _Change:
-        """What changes nothing: of buffers the first slot as it is, of gradients zeros."""
-        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], jnp.float32), self.chunks.params[index])
-        saved, aside = at_index(list(buffers), jnp.int32(0))
-        return _Change(None, saved, aside, gradients)
+            forward = partial(self._forward, index, mine, x, work)
+            saved, out = run_on_some_stages(due(FORWARD), forward, (buffers[index].saved, out), loop_of(FORWARD))
+            buffers[index] = buffers[index]._replace(saved=saved)
+            for part in range(len(parts)):
+                backward = partial(self._backward, index, mine, part, g, work, saved)
+                state = staged[index], buffers[index].aside, out
+                staged[index], aside, out = run_on_some_stages(
+                    due(BACKWARD, part), backward, state, loop_of(BACKWARD, part)
+                )
+                buffers[index] = buffers[index]._replace(aside=aside)
+            if self.schedule.splits_backward:
+                weights = partial(self._weights, index, mine, work, buffers[index])
+                staged[index] = run_on_some_stages(due(WEIGHTS), weights, staged[index], loop_of(WEIGHTS))
+        return laid_out(tuple(staged), self.gradient_specs.staged), tuple(buffers), out
 
-    def _laid_out(self, index: int, change: _Change) -> _Change:
-        gradients = jax.tree.map(lambda d: d.astype(jnp.float32), change.gradients)
-        return change._replace(out=None, gradients=laid_out(gradients, self.gradient_specs.staged[index]))
+    def _chunk(self, index: int, part: _Part, mine: StageTicks) -> tuple[Tree, Tree]:
+        return self.chunks.at(index, mine.chunk, part.first, part.count)
 
-    def _added(self, index: int, totals: Tree, change: _Change, mine: StageTicks) -> Tree:
-        here = jnp.clip(self.chunks.place(index, mine.chunk), 0, self.chunks.of_block - 1)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, total, d: combine_at(path, total, here, d), totals, change.gradients
-        )
+    def _saved(self, part: _Part, mine: StageTicks, buffers: list[Array]) -> list[Row]:
+        slots = (mine.saved_longer if longer else mine.saved for longer in part.longer)
+        return [Row(buffer, (slot,)) for buffer, slot in zip(buffers, slots, strict=True)]
 
-    def _stored(self, index: int, buffers: _Buffers, change: _Change, mine: StageTicks) -> _Buffers:
-        ours = jnp.maximum(mine.chunk, 0) // self.chunks.of_block == index
-        forward, backward = ours & (mine.kind == FORWARD), ours & (mine.kind == BACKWARD)
-        saved = [
-            put_at(buffer, leaf, jnp.where(forward, mine.saved_longer if longer else mine.saved, 0))
-            for buffer, leaf, longer in zip(buffers.saved, change.kept or [], self.blocks[index].longer, strict=True)
-        ]
-        return _Buffers(saved, put_at(buffers.aside, change.aside, jnp.where(backward, mine.aside, 0)))
+    def _forward(self, index: int, mine: StageTicks, x: Tree, work: Work, state: Tree) -> Tree:
+        saved, _ = state
+        after = []
+        for part, buffers in zip(self.blocks[index], saved, strict=True):
+            into = [Target(row) for row in self._saved(part, mine, buffers)]
+            x, kept = part.residuals.forward(self._chunk(index, part, mine), x, work, into)
+            after.append(kept)
+        return tuple(after), as_stream(x)
 
-    def _forward(self, index: int, mine: StageTicks, x: Tree, work: Work) -> _Change:
-        y, kept = self.blocks[index].residuals.forward(self.chunks.at(index, mine.chunk), x, work)
-        return _Change(y, kept)
+    def _backward(
+        self, index: int, mine: StageTicks, turn: int, g: Tree, work: Work, saved: tuple[list[Array], ...], state: Tree
+    ) -> Tree:
+        place = len(self.blocks[index]) - 1 - turn  # the last layers first
+        part, (sums, aside, _) = self.blocks[index][place], state
+        chunk, kept = self._chunk(index, part, mine), self._saved(part, mine, saved[place])
+        if part.split is None:
+            sums, dx = part.residuals.backward(chunk, kept, work, g, into=self._targets(index, part, mine, sums))
+            return sums, aside, as_stream(dx)
+        dx, new = part.split.input_gradient(chunk, [row.read() for row in kept], work, g)
+        return sums, put_at(aside, new, mine.aside), as_stream(dx)
 
-    def _saved(self, index: int, mine: StageTicks, buffers: _Buffers) -> list[Array]:
-        slots = (mine.saved_longer if longer else mine.saved for longer in self.blocks[index].longer)
-        return [_read(buffer, slot) for buffer, slot in zip(buffers.saved, slots, strict=True)]
-
-    def _backward(self, index: int, mine: StageTicks, g: Tree, work: Work, buffers: _Buffers) -> _Change:
-        block, chunk, saved = self.blocks[index], self.chunks.at(index, mine.chunk), self._saved(index, mine, buffers)
-        if block.split is None:
-            d_params, dx = block.residuals.backward(chunk, saved, work, g)
-            return _Change(dx, gradients=d_params)
-        dx, aside = block.split.input_gradient(chunk, saved, work, g)
-        return _Change(dx, aside=aside)
-
-    def _weights(self, index: int, mine: StageTicks, work: Work, buffers: _Buffers) -> _Change:
-        block, saved = self.blocks[index], self._saved(index, mine, buffers)
-        assert block.split is not None
-        kept = [leaf if longer else None for leaf, longer in zip(saved, block.longer, strict=True)]
+    def _weights(self, index: int, mine: StageTicks, work: Work, buffers: _Buffers, sums: Tree) -> Tree:
+        [part], [saved] = self.blocks[index], buffers.saved
+        assert part.split is not None
+        rows = zip(self._saved(part, mine, saved), part.longer, strict=True)
+        kept = [row.read() if longer else None for row, longer in rows]
         aside = at_index(buffers.aside, mine.aside)
-        chunk = self.chunks.at(index, mine.chunk)
-        return _Change(gradients=block.split.parameter_gradients(chunk, kept, work, aside))
+        into = self._targets(index, part, mine, sums)
+        gradients = part.split.parameter_gradients(self._chunk(index, part, mine), kept, work, aside)
+        return jax.tree.map(lambda target, gradient: target.with_value(gradient), into, gradients, is_leaf=is_target)
 
-
-class _Change(NamedTuple):
-    """What an operation on a block leaves behind, None: nothing. out: for a neighbour. kept: by F, for B and W. aside:
-    by B, for W. gradients: of the parameters of the chunk."""
-
-    out: Tree = None
-    kept: list[Array] | None = None
-    aside: list[Array] | None = None
-    gradients: Tree = None
-
-    def replaced_by(self, other: _Change) -> _Change:
-        """With what another one has."""
-        return _Change(*(mine if its is None else its for mine, its in zip(self, other, strict=True)))
+    def _targets(self, index: int, part: _Part, mine: StageTicks, sums: Tree) -> Tree:
+        rows = self.chunks.of_rows(index, sums, mine.chunk, part.first, part.count)
+        return jax.tree_util.tree_map_with_path(lambda path, row: Target(row, partial(adding, path)), rows)
 
 
 def _read(buffer: Tree, slot: Array) -> Tree:

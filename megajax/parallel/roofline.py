@@ -199,7 +199,7 @@ class _Program:
 
     def run(self, name: str, where: Where) -> _Run:
         """One execution of a computation; its collectives are noted with all the executions that `where` tells of."""
-        run, pending, free = _Run(), {}, {False: 0.0, True: 0.0}
+        run, pending, free, longest = _Run(), {}, {False: 0.0, True: 0.0}, _Run()
         for instruction in self.computations[name]:
             opcode = instruction.opcode
             if opcode.endswith("-done") and instruction.operands and instruction.operands[0] in pending:
@@ -215,9 +215,11 @@ class _Program:
                     self._end(entry, run, where, asynchronous=False)
                 else:
                     pending[instruction.name] = entry
+            elif (share := self._once_if(instruction)) is not None:
+                longest = self._run_once_if(instruction, share, run, longest, where)
             elif opcode == "while":
                 trips = 1 if instruction.op_name.endswith(f"{SPANS}/while") else instruction.trips
-                inside = Where((*where.loops, trips), where.conditional)
+                inside = where._replace(loops=(*where.loops, trips))
                 for called in instruction.called:
                     turn = self.run(called, inside)
                     if RERUN in instruction.op_name:  # a body that loops share is named after one of them
@@ -231,6 +233,27 @@ class _Program:
             elif opcode not in _FREE and not opcode.endswith(("-done", "-update")):
                 self._operate(instruction, run, where)
         return run
+
+    def _once_if(self, instruction: Instruction) -> Taken | None:
+        """How often a loop of one turn or none runs."""
+        if instruction.opcode != "while" or instruction.trips is not None:
+            return None
+        *_, name, last = ("", *instruction.op_name.split("/"))
+        return self.taken.get(name) if last == "while" else None
+
+    def _run_once_if(self, instruction: Instruction, share: Taken, run: _Run, longest: _Run, where: Where) -> _Run:
+        """Adds a loop of one turn or none to `run`. Of several in a computation a device runs one, and devices wait for
+        that which has the longest. longest: of those before this one; returns it with this one."""
+        turn = _Run()
+        for called in instruction.called:
+            turn.add(self.run(called, where._replace(share=share.mean * where.share)))
+        run.flops += share.mean * turn.flops
+        run.recomputed += share.mean * turn.recomputed
+        if turn.clock * share.most <= longest.clock:
+            return longest
+        run.clock += turn.clock * share.most - longest.clock
+        run.compute += turn.compute * share.most - longest.compute
+        return dataclasses.replace(turn, clock=turn.clock * share.most, compute=turn.compute * share.most)
 
     def _conditional(self, instruction: Instruction, where: Where) -> _Run:
         """A conditional as it runs on average."""
@@ -277,9 +300,13 @@ class _Program:
         self.transfers, self.kernels = saved
         return branch
 
+    def _times(self, where: Where) -> float:
+        """How often an instruction runs in a step."""
+        return where.share * math.prod(trips or self.turns for trips in where.loops)
+
     def _end(self, pending: _Pending, run: _Run, where: Where, *, asynchronous: bool = True) -> None:
         waited = max(0.0, pending.ends - run.clock)
-        times = math.prod(trips or self.turns for trips in where.loops)
+        times = self._times(where)
         covered = run.compute - pending.compute
         run.clock += waited
         seconds = (times * each for each in (pending.seconds, covered, waited))
@@ -295,7 +322,7 @@ class _Program:
         run.recomputed += sum(count * recomputed_share(inner) for inner, count in work if count)
         kernel = kernel_name(instruction)
         if kernel is not None:
-            times = math.prod(trips or self.turns for trips in where.loops)
+            times = self._times(where)
             self.kernels[kernel] = self.kernels.get(kernel, 0) + times
 
     def _collective(self, instruction: Instruction, where: Where) -> tuple[Collective, bool, float] | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megajax.parallel.schedules import KINDS, Kind, Op, Schedule
+from megajax.parallel.schedules import KINDS, Cells, Kind, Op, Schedule, in_parts
 
 NONE = -1
 """Instead of a slot or a microbatch: there is none."""
@@ -19,19 +19,21 @@ Rows = Any
 
 _At = tuple[int, int]
 """(chunk, microbatch) on a stage."""
-_Ticks = dict[tuple[Kind, int, int, int], int]
-"""When (kind, stage, chunk, microbatch) runs."""
+_Ticks = dict[tuple[Kind, int, int, int], list[int]]
+"""When (kind, stage, chunk, microbatch) runs: the ticks of its parts."""
 
 
 class StageTicks(NamedTuple):
     """Of each tick and stage, int32 [ticks, stages]; slots are NONE where nothing is read or written.
 
-    kind: 0 idle, 1 F, 2 B, 3 W. input: F's input; NONE where the model is entered. gradient: what B starts from. saved,
-    saved_longer: what F keeps until B, and until W. aside: what B keeps for W. arriving_input, arriving_gradient: where
-    what the neighbours sent at the tick before belongs. leaving: where the gradient of this F's loss belongs.
+    kind: 0 idle, 1 F, 2 B, 3 W. part: of a B, the last layers' first. input: F's input; NONE where the model begins.
+    gradient: what B starts from. saved, saved_longer: what F keeps until B, and until W. aside: what B keeps for W.
+    arriving_input, arriving_gradient: where what the neighbours sent at the tick before belongs. leaving: where the
+    gradient of this F's loss belongs. midway: where the gradient belongs that a part of B hands to the next part.
     """
 
     kind: Rows
+    part: Rows
     chunk: Rows
     microbatch: Rows
     input: Rows
@@ -42,6 +44,7 @@ class StageTicks(NamedTuple):
     arriving_input: Rows
     arriving_gradient: Rows
     leaving: Rows
+    midway: Rows
 
 
 class Events(NamedTuple):
@@ -73,18 +76,23 @@ class Plan(NamedTuple):
     slots: Slots
 
 
-def plan_ticks(schedule: Schedule, blocks: int = 1) -> Plan:
+def plan_ticks(schedule: Schedule, blocks: int = 1, parts: int = 1) -> Plan:
     """A valid schedule as arrays. blocks: of layers that the chunks are divided over, the first chunks being of the
-    first."""
-    shape = (schedule.ticks, schedule.stages)
-    arrays = StageTicks(np.zeros(shape, np.int32), *(np.full(shape, NONE, np.int32) for _ in StageTicks._fields[1:]))
-    arrays.kind[:], arrays.chunk[:], arrays.microbatch[:] = schedule.arrays()
-    ticks: _Ticks = {
-        (op.kind, stage, op.chunk, op.microbatch): tick
-        for tick, row in enumerate(schedule.table)
-        for stage, op in enumerate(row)
-        if op is not None
-    }
+    first. parts: of a backward."""
+    cells = in_parts(schedule, parts)
+    shape = (len(cells), schedule.stages)
+    arrays = StageTicks(*(np.full(shape, NONE, np.int32) for _ in StageTicks._fields))
+    ticks: _Ticks = {}
+    for name in ("kind", "part", "chunk", "microbatch"):
+        getattr(arrays, name)[:] = 0
+    for tick, stage in np.ndindex(shape):
+        cell = cells[tick][stage]
+        if cell is not None:
+            op, part = cell
+            at = tick, stage
+            arrays.kind[at], arrays.part[at] = 1 + KINDS.index(op.kind), part
+            arrays.chunk[at], arrays.microbatch[at] = op.chunk, op.microbatch
+            ticks.setdefault((op.kind, stage, op.chunk, op.microbatch), []).append(tick)
     lengths: dict[str, list[int]] = {name: [0] * blocks for name in Slots._fields}
     of_block = schedule.chunks // blocks
     for stage in range(schedule.stages):
@@ -99,7 +107,7 @@ def plan_ticks(schedule: Schedule, blocks: int = 1) -> Plan:
                         getattr(arrays, name)[tick, stage] = slots[at]
     [input_slots, *_], [gradient_slots, *_] = lengths["input"], lengths["gradient"]
     kept = (tuple(lengths[name]) for name in ("saved", "saved_longer", "aside"))
-    return Plan(arrays, _events(schedule), Slots(input_slots, gradient_slots, *kept))
+    return Plan(arrays, _events(schedule, cells, parts), Slots(input_slots, gradient_slots, *kept))
 
 
 _Held = dict[_At, tuple[int, int, list[tuple[str, int]]]]
@@ -112,21 +120,22 @@ def _held(schedule: Schedule, ticks: _Ticks, stage: int) -> dict[str, _Held]:
     held: dict[str, _Held] = {name: {} for name in Slots._fields}
     for chunk, i in np.ndindex(schedule.chunks, schedule.microbatches):
         here = chunk * schedule.stages + stage
-        f, b = ticks["F", stage, chunk, i], ticks["B", stage, chunk, i]
+        [f], b = ticks["F", stage, chunk, i], ticks["B", stage, chunk, i]
+        reads = [("gradient", tick) for tick in b] + [("midway", tick) for tick in b[:-1]]
         if here > 0:
-            sent = ticks["F", *reversed(divmod(here - 1, schedule.stages)), i]
+            [sent] = ticks["F", *reversed(divmod(here - 1, schedule.stages)), i]
             held["input"][chunk, i] = (sent + 1, f, [("arriving_input", sent + 1), ("input", f)])
         if here < last:
-            sent = ticks["B", *reversed(divmod(here + 1, schedule.stages)), i]
-            held["gradient"][chunk, i] = (sent + 1, b, [("arriving_gradient", sent + 1), ("gradient", b)])
+            sent = ticks["B", *reversed(divmod(here + 1, schedule.stages)), i][-1]
+            held["gradient"][chunk, i] = (sent + 1, b[-1], [("arriving_gradient", sent + 1), *reads])
         else:
             assert stage == last_stage
-            held["gradient"][chunk, i] = (f + 1, b, [("leaving", f), ("gradient", b)])
-        held["saved"][chunk, i] = (f, b, [("saved", f), ("saved", b)])
+            held["gradient"][chunk, i] = (f + 1, b[-1], [("leaving", f), *reads])
+        held["saved"][chunk, i] = (f, b[-1], [("saved", tick) for tick in (f, *b)])
         if schedule.splits_backward:
-            w = ticks["W", stage, chunk, i]
-            held["saved_longer"][chunk, i] = (f, w, [("saved_longer", t) for t in (f, b, w)])
-            held["aside"][chunk, i] = (b, w, [("aside", b), ("aside", w)])
+            [w] = ticks["W", stage, chunk, i]
+            held["saved_longer"][chunk, i] = (f, w, [("saved_longer", t) for t in (f, *b, w)])
+            held["aside"][chunk, i] = (b[-1], w, [("aside", b[-1]), ("aside", w)])
     return held
 
 
@@ -147,7 +156,7 @@ def _assign(intervals: dict[_At, tuple[int, int]]) -> dict[_At, int]:
     return slots
 
 
-def _events(schedule: Schedule) -> Events:
+def _events(schedule: Schedule, cells: Cells, parts: int) -> Events:
     first, last = 0, schedule.virtual_stages - 1
 
     def virtual(stage: int, op: Op) -> int:
@@ -157,8 +166,9 @@ def _events(schedule: Schedule) -> Events:
         return next((op.microbatch for stage, op in ops if op.kind == kind and virtual(stage, op) == at), NONE)
 
     rows = []
-    for row in schedule.table:
-        ops = [(stage, op) for stage, op in enumerate(row) if op is not None]
+    for row in cells:
+        ended = [(stage, *cell) for stage, cell in enumerate(row) if cell is not None]
+        ops = [(stage, op) for stage, op, part in ended if op.kind != "B" or part == parts - 1]
         rows.append(
             (
                 microbatch(ops, "F", first),

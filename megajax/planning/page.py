@@ -52,7 +52,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 def page(report: Report) -> str:
     """The page's text. Pictures are HTML and SVG, so it prints, zooms and follows a dark theme."""
     memory = report.memory
-    title, lead = heading(report)
+    title, *leads = heading(report)
     tiles = [
         ("peak memory", size(memory.peak)),
         ("a step, at least", duration(report.seconds)),
@@ -71,7 +71,7 @@ def page(report: Report) -> str:
     ratio = formula_line(report)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="lead">{html.escape(lead)}</p>',
+        *(f'<p class="lead">{html.escape(lead)}</p>' for lead in leads),
         f'<p class="verdict {"yes" if memory.fits else "no"}">{html.escape(verdict(memory, report.target))}</p>',
         tile_row(tiles),
         "<h2>Memory of a GPU at the peak</h2>",

@@ -14,16 +14,11 @@ from megajax.ops.grouped import LOOP, block_for
 from megajax.parallel.aot import absent_gpus, target_of
 from megajax.parallel.gradient_sums import number_of_parameters
 from megajax.parallel.mesh import describe
-from megajax.parallel.one_stage import ON_LAST_STAGE
-from megajax.parallel.pipeline import Lockstep
-from megajax.parallel.roofline import Shares, Taken, Transfer, estimate
-from megajax.parallel.schedule_ticks import plan_ticks
-from megajax.parallel.schedules import Schedule, make_schedule
+from megajax.parallel.roofline import Transfer, estimate
+from megajax.parallel.schedules import Schedule
 from megajax.planning.memory import Memory, memory_of, short
+from megajax.planning.pipeline import pipeline_of
 from megajax.training.ahead import Compiled, Step, compile_step
-from megajax.training.setup import Program
-from megajax.transformer.block import rows_of
-from megajax.transformer.stages import PADDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +57,7 @@ class Report:
       model_flops, executed_flops, recomputed_flops: of one device and step.
       idle_flops: of those executed, what a pipeline computes only to keep step.
       bubble: idle over useful time of a pipeline's stages; 0 without one.
+      engine: of the pipeline, and why it is this one; None without one.
       in_flight: passes of a chunk whose activations the pipeline keeps at once, and those of Megatron's first stage;
         None without one.
       uncovered: collectives inside of layers that wait, by what they belong to: bytes sent.
@@ -90,6 +86,7 @@ class Report:
     traffic: tuple[Traffic, ...]
     uncovered: dict[str, float]
     kernels: dict[str, int]
+    engine: str | None
     schedule: Schedule | None
     in_flight: tuple[int, int] | None
     seconds_to_compile: tuple[float, float]
@@ -131,6 +128,7 @@ class Report:
             "overlap": {"covered_share": self.covered_share, "uncovered": self.uncovered},
             "kernels": self.kernels,
             "bubble": self.bubble,
+            "engine": self.engine,
             "in_flight": self.in_flight,
             "estimate": {
                 "is": "a bound from data sheets, no measurement",
@@ -164,10 +162,10 @@ def report_of(compiled: Compiled, target: str) -> Report:
     """What a compiled step says."""
     program, gpu = compiled.program, target_of(target)
     config, mesh = program.config, program.mesh
-    schedule = _schedule(config, compiled)
+    pipeline = pipeline_of(compiled)
     tokens = config.data.seq_length * config.train.micro_batch_size // config.parallel.context_parallel_size
     blocks_of = partial(blocks_of_rows, config, tokens)
-    text, shares, taken = compiled.executable.as_text(), _shares(config, schedule), _taken(program)
+    text, shares, taken = compiled.executable.as_text(), pipeline.shares, pipeline.taken
     found = estimate(text, mesh, gpu, shares, turns=blocks_of(None), blocks_of=blocks_of, taken=taken)
     samples = compiled.num_microbatches * program.batches.micro_batch_size * program.batches.data_parallel_size
     seq_length = config.data.seq_length
@@ -189,16 +187,17 @@ def report_of(compiled: Compiled, target: str) -> Report:
         model_flops=work,
         executed_flops=found.flops,
         recomputed_flops=found.recomputed,
-        idle_flops=found.flops * _idle_share(config, schedule),
+        idle_flops=found.flops * pipeline.idle_share,
         seconds=found.seconds,
         compute=found.compute,
         mfu=work / (found.seconds * gpu.bf16),
-        bubble=0.0 if schedule is None else schedule.bubble(),
+        bubble=0.0 if pipeline.schedule is None else pipeline.schedule.bubble(),
         traffic=traffic_of(found.transfers),
         uncovered=uncovered_of(found.transfers),
         kernels={name: round(n) for name, n in sorted(found.kernels.items(), key=lambda item: -item[1])},
-        schedule=schedule,
-        in_flight=None if schedule is None else (_slots(config, schedule), schedule.peak_live()[0]),
+        engine=pipeline.engine,
+        schedule=pipeline.schedule,
+        in_flight=pipeline.in_flight,
         seconds_to_compile=compiled.seconds,
     )
 
@@ -232,62 +231,6 @@ def _recompute(model: TransformerConfig) -> str:
     if model.recompute_granularity == "full":
         return f"layers ({model.recompute_method}, {model.recompute_num_layers})"
     return ", ".join(model.recompute_modules)
-
-
-def _schedule(config: Config, compiled: Compiled) -> Schedule | None:
-    parallel = config.parallel
-    if parallel.pipeline_model_parallel_size == 1:
-        return None
-    return make_schedule(
-        parallel.pipeline_schedule,
-        parallel.pipeline_model_parallel_size,
-        compiled.num_microbatches,
-        parallel.num_virtual_stages_per_pipeline_rank,
-        group=parallel.microbatch_group_size_per_vp_stage,
-    )
-
-
-def _shares(config: Config, schedule: Schedule | None) -> Shares:
-    """Both ends of a pipeline work in as many ticks as there are microbatches; a stage that looks up what to do does
-    each kind of operation so often.
-    """
-    if schedule is None:
-        return {}
-    if config.parallel.resolved_pipeline_engine == "lockstep":
-        busy = schedule.microbatches / _lockstep(schedule).forward_ticks
-        return {2: (1 - busy, busy)}
-    kinds = schedule.arrays()[0]
-    each = tuple(float((kinds == kind).mean()) for kind in range(4 if schedule.splits_backward else 3))
-    busy = schedule.microbatches / schedule.ticks
-    return {2: (1 - busy, busy), len(each): each}
-
-
-def _taken(program: Program) -> dict[str, Taken]:
-    """Rows that stages do not fill all alike, and what the last stage does alone."""
-    stages = program.config.parallel.pipeline_model_parallel_size
-    taken = {ON_LAST_STAGE: Taken(1 / stages, 1.0)}
-    for stacks in program.stages.blocks.values():
-        for name, stack in stacks.items():
-            rows = (stack.source != PADDING).reshape(stages, -1)
-            taken[rows_of(name)] = Taken(float(rows.mean()), float(rows.mean(axis=1).max()))
-    return taken
-
-
-def _slots(config: Config, schedule: Schedule) -> int:
-    if config.parallel.resolved_pipeline_engine == "table":
-        return sum(plan_ticks(schedule).slots.saved)
-    return _lockstep(schedule).slots
-
-
-def _idle_share(config: Config, schedule: Schedule | None) -> float:
-    """Of the ticks in lockstep, those that work on no microbatch."""
-    if schedule is None or config.parallel.resolved_pipeline_engine == "table":
-        return 0.0
-    return 1 - schedule.microbatches * schedule.chunks / _lockstep(schedule).forward_ticks
-
-
-def _lockstep(schedule: Schedule) -> Lockstep:
-    return Lockstep(schedule.stages, schedule.chunks, schedule.microbatches)
 
 
 def _name(transfer: Transfer) -> tuple[str, str, str, bool]:

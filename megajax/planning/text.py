@@ -125,13 +125,14 @@ def compile_times(seconds: tuple[float, float]) -> str:
 
 
 def heading(report: Report) -> list[str]:
-    """What was planned, in two lines."""
-    return [
+    """What was planned, in two lines, and which engine a pipeline has."""
+    lines = [
         f"{report.model}, {count(report.parameters)} parameters, on {report.devices:,} {report.target.upper()}"
         f" ({report.mesh})",
         f"a step of {report.samples:,} samples, {report.tokens:,} tokens, in {report.num_microbatches} microbatches;"
         f" optimizer {report.optimizer}",
     ]
+    return lines if report.engine is None else [*lines, report.engine]
 
 
 def formula_line(report: Report) -> str | None:

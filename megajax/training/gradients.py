@@ -24,6 +24,7 @@ from megajax.parallel.pipeline_table import table_gradients
 from megajax.parallel.replicas import ALIKE, Replicas
 from megajax.parallel.schedules import make_schedule
 from megajax.parallel.sharding import AxisRules
+from megajax.training.pipeline_engine import choose_engine
 from megajax.training.stages import Stages
 from megajax.training.state import TrainState
 
@@ -174,7 +175,8 @@ class PipelineProgram:
                 f"pipeline_schedule='zb-h1' runs one chunk a stage, and --model {self._config.model_family} has one for"
                 f" each of its {len(self._pieces.blocks)} stacks; use 1f1b"
             )
-        if not several and parallel.resolved_pipeline_engine == "lockstep":
+        engine = choose_engine(self._stages, self._config)
+        if engine.name == "lockstep":
             return partial(pipeline_gradients, self._pieces, self._lockstep(microbatches))
         schedule = make_schedule(
             parallel.pipeline_schedule,
@@ -183,7 +185,7 @@ class PipelineProgram:
             self._chunks,
             group=parallel.microbatch_group_size_per_vp_stage,
         )
-        return partial(table_gradients, self._pieces, schedule)
+        return partial(table_gradients, self._pieces, schedule, parts=engine.parts)
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, Array]:
         """See `GradientsFn`."""

@@ -27,6 +27,7 @@ from megajax.parallel.mesh import describe as mesh_axes
 from megajax.training.files import new_file
 from megajax.training.loop import Evaluator, Result, TrainingStopped, train
 from megajax.training.metrics import Console, Writer, make_writers, read_rows, require_packages
+from megajax.training.pipeline_engine import choose_engine
 from megajax.training.report import plot_loss
 from megajax.training.setup import Program, build_program, fit_config, process_rows
 from megajax.training.state import TrainState
@@ -88,7 +89,7 @@ def run(config: Config, family: Family) -> int:
 
 
 def describe(program: Program, tokenizer: Tokenizer) -> str:
-    """Two lines that say what is about to run, and with what."""
+    """Lines that say what is about to run, and with what."""
     stored = program.stages.abstract_stored(program.abstract_state.params)
     params = number_of_parameters(stored)
     mesh = mesh_axes(program.mesh)
@@ -98,11 +99,15 @@ def describe(program: Program, tokenizer: Tokenizer) -> str:
     vocabulary = "" if model.vocab_size is None else f", vocabulary {model.vocab_size} ({tokenizer.name})"
     if jax.process_count() > 1:
         mesh += f" of {jax.process_count()} processes"
-    return (
-        f"{program.config.model_family}: {params:,} parameters, {model.num_layers} layers, hidden size"
-        f" {model.hidden_size}{vocabulary}, {model.compute_dtype}\n"
-        f"{', '.join(data.data) or program.family.default_data}: sequences of {data.seq_length} tokens,"
-        f" batch {program.batches.global_batch_size}, on {mesh} ({device.device_kind}), attention in {attention}"
+    lines = [choose_engine(program.stages, program.config).title] if program.stages.blocks else []
+    return "\n".join(
+        (
+            f"{program.config.model_family}: {params:,} parameters, {model.num_layers} layers, hidden size"
+            f" {model.hidden_size}{vocabulary}, {model.compute_dtype}",
+            f"{', '.join(data.data) or program.family.default_data}: sequences of {data.seq_length} tokens,"
+            f" batch {program.batches.global_batch_size}, on {mesh} ({device.device_kind}), attention in {attention}",
+            *lines,
+        )
     )
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from megajax.config import ConfigError
-from megajax.parallel.branch_check import CheckedStep, branch_of_some_stages, meetings_in_branches
+from megajax.parallel.branch_check import CheckedStep, branch_of_some_stages, meetings_in_branches, run_on_some_stages
 from megajax.parallel.skipped import run_if
 
 
@@ -33,6 +33,12 @@ def _step(mesh: Mesh, work: Callable[[Any], Any], branch: Callable[..., Any]) ->
     return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=P("pp", "tp"), out_specs=P("pp", "tp"), check_vma=False))
 
 
+def loop_of_some_stages(index: Any, branches: Any) -> Any:
+    """`branch_of_some_stages` between a state and what is to become of it."""
+    old, new = branches
+    return run_on_some_stages(index == 1, lambda _: new(), old(), "test")
+
+
 SWAP = [(0, 1), (1, 0)]
 X = jnp.arange(16.0).reshape(4, 4)
 
@@ -46,14 +52,15 @@ X = jnp.arange(16.0).reshape(4, 4)
         ("all-reduce", ("pp", "tp"), partial(jax.lax.psum, axis_name=("pp", "tp"))),
     ],
 )
-def test_what_others_have_to_come_to_is_refused_before_it_runs(mesh: Mesh, kind: str, axes: Any, work: Any) -> None:
+@pytest.mark.parametrize("branch", [branch_of_some_stages, loop_of_some_stages])
+def test_what_others_have_to_come_to_is_refused_before_it_runs(
+    mesh: Mesh, kind: str, axes: Any, work: Any, branch: Any
+) -> None:
     """Run, these programs would not return."""
-    step = _step(mesh, work, branch_of_some_stages)
+    step = _step(mesh, work, branch)
     [found] = meetings_in_branches(step.lower(X).compile().as_text(), mesh)
     assert (found.kind, found.axes) == (kind, axes)
-    with pytest.raises(
-        ConfigError, match=rf"would hang in {kind} \S+ over {', '.join(axes)} \(.*only some stages take"
-    ):
+    with pytest.raises(ConfigError, match=rf"would hang in {kind} \S+ over {', '.join(axes)} \(.*only some stages run"):
         CheckedStep(step, mesh)(X)
 
 
@@ -67,9 +74,10 @@ def test_branches_that_all_take_alike_may_hold_anything(mesh: Mesh, axis: str) -
     assert step(X).shape == X.shape
 
 
-def test_the_group_of_one_stage_may_meet(mesh: Mesh) -> None:
+@pytest.mark.parametrize("branch", [branch_of_some_stages, loop_of_some_stages])
+def test_the_group_of_one_stage_may_meet(mesh: Mesh, branch: Any) -> None:
     """The second stage's rows are sums over its two devices, and the first stage's are what they were."""
-    step = CheckedStep(_step(mesh, partial(jax.lax.psum, axis_name="tp"), branch_of_some_stages), mesh)
+    step = CheckedStep(_step(mesh, partial(jax.lax.psum, axis_name="tp"), branch), mesh)
     summed = np.tile(np.asarray(X)[2:, :2] + np.asarray(X)[2:, 2:], 2)
     np.testing.assert_array_equal(step(X), np.concatenate([np.asarray(X)[:2], summed]))
     assert not list(meetings_in_branches(step.lower(X).compile().as_text(), mesh))

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -91,7 +92,7 @@ def _plain(params: Params, work: Work) -> tuple[Params, jax.Array]:
 
 
 def _gradients(name: str, stages: int, chunks: int, params: Params, work: Work) -> tuple[Params, jax.Array]:
-    """By an engine; layers lie chunk after chunk on each stage, two to a chunk."""
+    """By an engine, perhaps with backwards in parts; layers lie chunk after chunk on each stage, two to a chunk."""
     microbatches = work.mask.shape[0]
     order = np.arange(2 * stages * chunks).reshape(chunks, stages, 2).swapaxes(0, 1).reshape(-1)
     placed = params._replace(staged=jax.tree.map(lambda a: a[order], params.staged))
@@ -99,10 +100,14 @@ def _gradients(name: str, stages: int, chunks: int, params: Params, work: Work) 
     spec = PartitionSpec("pp")
     specs = Params(jax.tree.map(lambda _: spec, params.staged), {"table": PartitionSpec()})
     options = {"specs": specs, "gradient_specs": specs}
+    run: Any
+    schedule: Any
     if name in ("lockstep", "beside"):
         run, schedule = pipeline_gradients, Lockstep(stages, chunks, microbatches, beside=name == "beside")
     else:
-        run, schedule = table_gradients, make_schedule(name, stages, microbatches, chunks)
+        name, _, parts = name.partition(" in ")
+        schedule = make_schedule(name, stages, microbatches, chunks)
+        run = partial(table_gradients, parts=int(parts or 1))
     with jax.set_mesh(mesh), nn.logical_axis_rules(()):
         placed = jax.device_put(placed, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
         rows = ({"index": jnp.asarray(order, jnp.int32)},)
@@ -127,7 +132,10 @@ def _gradients(name: str, stages: int, chunks: int, params: Params, work: Work) 
         ("1f1b", 4, 2, 6),
         ("1f1b", 8, 1, 10),
         pytest.param("1f1b", 8, 2, 9, marks=pytest.mark.slow),
+        ("1f1b in 2", 4, 2, 6),
+        ("1f1b in 2", 8, 1, 10),
         ("gpipe", 2, 2, 3),
+        ("gpipe in 2", 4, 1, 5),
         ("gpipe", 4, 1, 5),
         ("zb-h1", 2, 1, 1),
         ("zb-h1", 2, 1, 5),

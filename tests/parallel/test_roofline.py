@@ -202,3 +202,34 @@ def test_of_two_branches_side_by_side_each_is_taken_so_often():
     assert found.flops == pytest.approx((2 * 0.25 * 1 + 0.25 * 2) * 10 * 2 * 1024**3)
     assert found.seconds == pytest.approx(10 * max(2 * PRODUCT, PRODUCT + SUM), rel=1e-4)
     assert found.transfers[0].times == pytest.approx(2.5)
+
+
+def test_of_operations_that_a_stage_looks_up_the_longest_is_waited_for():
+    """Two products on a third of the ticks, one on half of them: all stages wait for two, and compute 2/3 + 1/2."""
+    product = DOT.format("%y")
+    text = program(
+        *(
+            f"%{name} = f32[1024,1024]{{1,0}} while(%{of}), condition=%if, body=%{name}_turn,"
+            f' metadata={{op_name="jit(step)/of_some_stages/stage_{name}_0/while"}}'
+            for name, of in (("forward", "p"), ("backward", "forward"))
+        ),
+        "ROOT %r = f32[1024,1024]{1,0} add(%backward, %backward)",
+        before=f"""
+%if (c: f32[1024,1024]) -> pred[] {{
+  %c = f32[1024,1024]{{1,0}} parameter(0)
+  ROOT %yes = pred[] constant(true)
+}}
+%forward_turn (y: f32[1024,1024]) -> f32[1024,1024] {{
+  %y = f32[1024,1024]{{1,0}} parameter(0)
+  ROOT %d = f32[1024,1024]{{1,0}} {product}
+}}
+%backward_turn (y: f32[1024,1024]) -> f32[1024,1024] {{
+  %y = f32[1024,1024]{{1,0}} parameter(0)
+  %d = f32[1024,1024]{{1,0}} {product}
+  ROOT %e = f32[1024,1024]{{1,0}} {DOT.format("%d")}
+}}""",
+    )
+    taken = {"stage_forward_0": Taken(1 / 2, 1.0), "stage_backward_0": Taken(1 / 3, 1.0)}
+    found = estimate(text, mesh(), GPU, taken=taken)
+    assert found.seconds == pytest.approx(2 * PRODUCT, rel=1e-4)
+    assert found.flops == pytest.approx((1 / 2 + 2 / 3) * 2 * 1024**3)

@@ -26,6 +26,16 @@ def test_slots(name, stages, microbatches, chunks, slots):
     assert plan_ticks(make_schedule(name, stages, microbatches, chunks)).slots == slots
 
 
+@pytest.mark.parametrize(("stages", "microbatches", "chunks"), [(4, 8, 1), (8, 8, 1), (4, 8, 3)])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_backward_in_parts_takes_the_ticks_of_its_parts_and_no_more_slots(stages, microbatches, chunks, parts):
+    """Narayanan et al. 2021 (arXiv:2104.04473): the bubble of 1F1B is p - 1 forwards and backwards of a chunk."""
+    schedule = make_schedule("1f1b", stages, microbatches, chunks)
+    plan = plan_ticks(schedule, parts=parts)
+    assert len(plan.stage_ticks.kind) == (microbatches * chunks + stages - 1) * (1 + parts)
+    assert plan.slots.saved == (schedule.peak_live()[0],)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 7), st.integers(1, 17), st.integers(1, 4), st.data())
 def test_what_is_read_is_what_was_written_for_it(name, stages, microbatches, chunks, data):
@@ -33,11 +43,13 @@ def test_what_is_read_is_what_was_written_for_it(name, stages, microbatches, chu
     chunks = 1 if name == "zb-h1" else chunks
     group = data.draw(st.none() | st.integers(stages, stages + 5))
     schedule = make_schedule(name, stages, microbatches, chunks, group=group)
-    ticks, events, _ = plan_ticks(schedule)
+    parts = 1 if name == "zb-h1" else data.draw(st.integers(1, 3))
+    ticks, events, _ = plan_ticks(schedule, parts=parts)
+    done: list[dict[tuple[int, int], int]] = [{} for _ in range(stages)]  # parts of each backward
     buffers: list[dict[tuple[str, int], tuple[int, int]]] = [{} for _ in range(stages)]
     sent: list[tuple[int, int, int] | None] = [None] * stages
     last = stages * chunks - 1
-    for tick in range(schedule.ticks):
+    for tick in range(len(ticks.kind)):
         at = [{field: int(array[tick, s]) for field, array in ticks._asdict().items()} for s in range(stages)]
         for stage, now in enumerate(at):
             for field, buffer, by in (("arriving_input", "input", -1), ("arriving_gradient", "gradient", 1)):
@@ -57,11 +69,18 @@ def test_what_is_read_is_what_was_written_for_it(name, stages, microbatches, chu
             if now["kind"] == 2:
                 assert held["gradient", now["gradient"]] == held["saved", now["saved"]] == mine
                 held["aside", now["aside"]] = mine
-                assert (mine[0] == 0) <= (events.returns[tick] == mine[1])
+                assert now["part"] == done[stage].setdefault(mine, 0)
+                done[stage][mine] += 1
+                ended = done[stage][mine] == parts
+                assert now["midway"] == (NONE if ended else now["gradient"]), "the next part goes on from there"
+                assert (mine[0] == 0 and ended) <= (events.returns[tick] == mine[1])
             if now["kind"] == 3:
                 assert held["aside", now["aside"]] == held["saved_longer", now["saved_longer"]] == mine
-            sent[stage] = (now["kind"], *mine) if now["kind"] in (1, 2) else None
+            ended = now["kind"] == 1 or (now["kind"] == 2 and done[stage][mine] == parts)
+            sent[stage] = (now["kind"], *mine) if ended else None
         for stage, now in enumerate(at):  # the loss is worked out at the end of its tick
             if now["leaving"] != NONE:
                 buffers[stage]["gradient", now["leaving"]] = (last, int(events.leaves[tick]))
+    assert all(count == parts for each in done for count in each.values())
+    assert [len(each) for each in done] == [chunks * microbatches] * stages
     assert np.count_nonzero(events.enters != NONE) == np.count_nonzero(events.returns != NONE) == microbatches
