@@ -70,12 +70,14 @@ class ExpertsUse:
       padded: all have the same number of rows, so that their products are one batched product.
       aligned: the widths of their linear maps, on a device, are multiples of 16, or of 32 in fp8.
       fp8: the recipe by which their products are wanted in fp8; None: they are not.
+      as_mxfp8: as of `Fp8`.
     """
 
     dtype: str
     padded: bool = False
     aligned: bool = True
     fp8: Fp8Recipe | None = None
+    as_mxfp8: bool = False
 
 
 class Rule(NamedTuple):
@@ -174,6 +176,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "blocks-fp8-delayed": "a loop of products, rounded to fp8 by each expert's largest magnitudes in earlier steps",
         "grouped-fp8-blockwise": "a grouped matrix product in Pallas, fp8, scaled by 128 numbers, or 128 x 128 weights,"
         " each",
+        "grouped-fp8-blockwise-as-mxfp8": "a grouped matrix product in Pallas, fp8 as MXFP8, scaled by 128 numbers, or"
+        " 128 x 128 weights, each",
         "blocks-fp8-blockwise": "a loop of products, rounded to fp8 by 128 numbers, or 128 x 128 weights, each",
         "grouped-fp8-mxfp8": "a grouped matrix product in Pallas, MXFP8, scaled by 32 numbers each",
         "blocks-fp8-mxfp8": "a loop of products, rounded to MXFP8 by 32 numbers each",
@@ -245,6 +249,8 @@ def choose_experts(
     if use.fp8 is None:
         return choice
     scaling = "" if use.fp8 == "tensorwise" else f"-{use.fp8}"
+    if use.as_mxfp8 and choice.kernel == "grouped":
+        scaling += "-as-mxfp8"
     return dataclasses.replace(choice, kernel=f"{choice.kernel}-fp8{scaling}")
 
 

@@ -42,6 +42,12 @@ class Blocks:
             scales = jnp.repeat(scales, size, axis=axis)
         return self.values.astype(jnp.float32) * scales[..., : self.values.shape[-2], :]
 
+    def mx_scales(self) -> Array:
+        """The scales as those of MXFP8, of which a larger block is several: float8_e8m0fnu [..., M, K / MX_BLOCK]."""
+        rows, terms = self.block
+        scales = jnp.repeat(self.scales, rows, axis=-2)[..., : self.values.shape[-2], :]
+        return jnp.repeat(scales, terms // MX_BLOCK, axis=-1).astype(jnp.float8_e8m0fnu)
+
 
 def in_blocks(x_MK: Array, dtype: Any, block: tuple[int, int]) -> Blocks:
     """x [M, K] or [E, M, K], rounded."""

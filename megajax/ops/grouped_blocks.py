@@ -4,7 +4,8 @@ Transformer Engine's GroupedLinear under Float8BlockScaling: rows, and gradients
 each sum, kernels in blocks of 128 x 128; and under MXFP8BlockScaling: all of them in tiles of 1 x 32. For the gradient
 of a kernel tiles run along an expert's rows, from its first on: so groups are whole tiles, as in DeepSeek's DeepGEMM,
 and what is rounded together there is what meets on a device, in the order in which it arrives: that of the tokens, or
-with sequence parallelism of its devices.
+with sequence parallelism of its devices. Scales are powers of two, so that Blackwell's tensor cores multiply a tile of
+128 as four of MXFP8, to the same result.
 """
 
 # SPDX-License-Identifier: Apache-2.0

@@ -128,16 +128,16 @@ _BY_TILES = largest_tile((9, 0), fp8=True)
 
 
 def block_parts(*, interpret: bool = False) -> BlockParts:
-    """Products of arrays whose blocks have scales, for Hopper and later."""
+    """Products of arrays whose blocks have scales, for Hopper."""
     return _block_parts(lambda tiles: tiles.scales.T, lambda kernels: kernels.scales, interpret)
 
 
 def mx_parts(*, interpret: bool = False) -> BlockParts:
-    """The same of arrays in tiles of `MX_BLOCK`, kernels, too, for Blackwell."""
+    """The same as Blackwell's tensor cores multiply them, in blocks of `MX_BLOCK`: larger ones are several."""
 
     def exponents(x: Blocks) -> Array:
         """n for each scale 2^(n - 127)."""
-        return jax.lax.bitcast_convert_type(x.scales.astype(jnp.float8_e8m0fnu), jnp.uint8)
+        return jax.lax.bitcast_convert_type(x.mx_scales(), jnp.uint8)
 
     return _block_parts(exponents, exponents, interpret)
 

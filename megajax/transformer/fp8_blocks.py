@@ -32,12 +32,8 @@ Array = jax.Array
 
 
 def _by_cudnn(dtype: Any, a_MK: Blocks, b_NK: Blocks) -> Array:
-    def operands(x: Blocks) -> tuple[Array, Array]:
-        rows, terms = x.block
-        scales = jnp.repeat(jnp.repeat(x.scales, rows, axis=0)[: x.values.shape[0]], terms // MX_BLOCK, axis=1)
-        return x.values[None], scales.astype(jnp.float8_e8m0fnu)[None]
-
-    (a, a_scales), (b, b_scales) = operands(a_MK), operands(b_NK)
+    a, b = (x.values[None] for x in (a_MK, b_NK))
+    a_scales, b_scales = (x.mx_scales()[None] for x in (a_MK, b_NK))
     return jax.nn.scaled_matmul(a, b, a_scales, b_scales, preferred_element_type=dtype)[0]
 
 

@@ -51,6 +51,7 @@ class FusedExperts(Experts):
             padded=dispatcher.pads,
             aligned=all(width % least == 0 for width in widths),
             fp8=None if fp8 is None else fp8.recipe,
+            as_mxfp8=fp8 is not None and fp8.as_mxfp8,
         )
         choice = kernels.choose_experts(use, self.gpu, self.wanted, strict=self.strict)
         kernels.record(choice)
@@ -58,7 +59,8 @@ class FusedExperts(Experts):
         if fp8 is None:
             return LOOP if gpu is None else kernel_for(gpu)
         if fp8.recipe == "blockwise":
-            parts = grouped_blocks.LOOP_PARTS if gpu is None else block_parts()
+            of_gpu = mx_parts if fp8.as_mxfp8 else block_parts
+            parts = grouped_blocks.LOOP_PARTS if gpu is None else of_gpu()
             return grouped_blocks.block_grouped_kernel(parts, *FORMATS[fp8.format])
         if fp8.recipe == "mxfp8":
             parts = grouped_blocks.LOOP_PARTS if gpu is None else mx_parts()

@@ -60,6 +60,7 @@ PARTS = {
     "kernels": (block_parts(interpret=True), TILE),
     "mx-loop": (LOOP_PARTS, MX_BLOCK),
     "mx-kernels": (mx_parts(interpret=True), MX_BLOCK),
+    "kernels-as-mx": (mx_parts(interpret=True), TILE),
 }
 
 
@@ -73,14 +74,15 @@ def test_equals_numpy(parts: BlockParts, tile: int) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra aot")
-def test_blackwell_multiplies_mxfp8(ptx_of: Any) -> None:
+@pytest.mark.parametrize("tile", [MX_BLOCK, TILE])
+def test_blackwell_multiplies_mxfp8(tile: int, ptx_of: Any) -> None:
     """Tensor cores take the scales with the numbers, of gradients of another type, too, and hold the sums."""
     mesh = Mesh(np.array(absent_gpus(1, "b200")), ("x",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, PartitionSpec())
     shapes = ((1024, 512), jnp.bfloat16), ((4, 512, 256), jnp.bfloat16), ((4,), jnp.int32), ((1024, 256), jnp.bfloat16)
 
     def step(x: Any, w: Any, sizes: Any, dy: Any) -> Any:
-        kernel = block_grouped_kernel(mx_parts(), E4M3, E5M2, tile=MX_BLOCK, square=False)
+        kernel = block_grouped_kernel(mx_parts(), E4M3, E5M2, tile=tile, square=tile == TILE)
         y, pull = jax.vjp(lambda x, w: kernel.product(x, w, sizes, TILE), x, w)
         return y, *pull(dy)
 

@@ -222,6 +222,9 @@ def test_what_experts_get() -> None:
     assert choose_experts(use, H100, "unfused").kernel == "blocks-fp8"
     for recipe in ("delayed", "blockwise", "mxfp8"):
         assert choose_experts(dataclasses.replace(use, fp8=recipe), H100, "auto").kernel == f"grouped-fp8-{recipe}"
+    of_b200 = dataclasses.replace(use, fp8="blockwise", as_mxfp8=True)
+    assert "in Pallas, fp8 as MXFP8, scaled by 128" in str(choose_experts(of_b200, (10, 0), "auto"))
+    assert choose_experts(of_b200, (10, 0), "unfused").kernel == "blocks-fp8-blockwise"
     misfit = choose_experts(dataclasses.replace(use, aligned=False), H100, "auto")
     assert (misfit.kernel, "or of 32 for fp8" in misfit.why) == ("blocks-fp8", True)
     padded = choose_experts(dataclasses.replace(use, padded=True), H100, "auto")
