@@ -21,6 +21,7 @@ from megajax.parallel.sharding import axis_rules, is_box
 from megajax.planning.memory import USABLE
 from megajax.planning.report import Report, report_of
 from megajax.training.ahead import compile_step
+from megajax.training.pipeline_engine import why_lockstep
 from megajax.training.setup import fit_config
 from megajax.training.state import abstract_params
 
@@ -176,7 +177,8 @@ def _weighed(config: Config, leaves: list[Any], flops: int, gpu: Target, devices
     layers, hidden, full = model.num_layers / pp, model.hidden_size, model.recompute_granularity == "full"
     tokens = config.data.seq_length * micro / (tp * cp)
     width = 2 * hidden if full else 18 * hidden + 4 * _width(config)
-    slots = min(2 * pp - 1, microbatches + 1) if pp > 1 else 1
+    has_table = parallel.runs_a_table or (why_lockstep(config) is None and layers % 2 == 0)
+    slots = min(pp if has_table else 2 * pp - 1, microbatches + 1) if pp > 1 else 1
     mixed = model.mixed_precision  # the model computes with copies: see `ComputedWith`
     gradients = (6 if mixed else 8) * numbers if microbatches > 1 or pp > 1 else 4 * numbers
     params = 2 * numbers + 4 * (state if parallel.zero in (1, 2) else numbers) if mixed else 4 * numbers

@@ -42,17 +42,26 @@ def choose_engine(stages: Stages, config: Config) -> EngineChoice:
         return EngineChoice("table", "the model has several stacks of layers", parts)
     if parallel.runs_a_table:
         return EngineChoice("table", f"it is the one that runs {parallel.pipeline_schedule}", parts)
-    if parallel.zigzag:
-        return EngineChoice("lockstep", "all stages have to come to rings of attention")
-    if parallel.zero > 1:
-        return EngineChoice("lockstep", "all stages may have to come to gradients that ZeRO divides")
-    if parallel.expert_model_parallel_size > 1:
-        return EngineChoice("lockstep", "its forward and its backward lie beside the other's messages")
-    if config.model.recompute_granularity == "full":
-        return EngineChoice("lockstep", "layers that are computed again keep little")
-    if parts == 1 or not _divides_evenly(stages, parts):
-        return EngineChoice("lockstep", "the layers of a chunk do not divide into two equal parts")
+    why = why_lockstep(config)
+    if why is None and (parts == 1 or not _divides_evenly(stages, parts)):
+        why = "the layers of a chunk do not divide into two equal parts"
+    if why is not None:
+        return EngineChoice("lockstep", why)
     return EngineChoice("table", "it keeps as many microbatches as Megatron's 1F1B", parts)
+
+
+def why_lockstep(config: Config) -> str | None:
+    """What, but for the number of layers, speaks against the table for 1F1B of one stack; None: nothing."""
+    parallel = config.parallel
+    if parallel.zigzag:
+        return "all stages have to come to rings of attention"
+    if parallel.zero > 1:
+        return "all stages may have to come to gradients that ZeRO divides"
+    if parallel.expert_model_parallel_size > 1:
+        return "its forward and its backward lie beside the other's messages"
+    if config.model.recompute_granularity == "full":
+        return "layers that are computed again keep little"
+    return None
 
 
 def _parts(stages: Stages, config: Config) -> int:
