@@ -1,6 +1,7 @@
 """What every test runs on: eight simulated CPU devices, full fp32 products, compiled programs kept between runs."""
 
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import hashlib
 import os
 import platform
@@ -25,6 +26,10 @@ XLA_FLAGS = {
     # Eight device threads on a busy machine may keep each other waiting for long; that is no deadlock.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "300",
 }
+if version("jaxlib").startswith("0.10."):
+    # XLA's older code for fusions, which later versions lack, takes half as long to compile. The newer one is that of
+    # the programs that tests start, and of all tests where JAX is newer.
+    XLA_FLAGS |= {"--xla_cpu_use_fusion_emitters": "false", "--xla_cpu_parallel_codegen_split_count": "1"}
 CACHE_LIMIT_BYTES = 2 << 30
 
 
@@ -58,6 +63,9 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Tracing makes millions of small objects, few of them garbage: with Python's threshold of 700, to look for it takes a
+# sixth of a test.
+gc.set_threshold(50_000)
 
 
 def pytest_configure(config: pytest.Config) -> None:
