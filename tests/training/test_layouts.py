@@ -133,7 +133,6 @@ LAYOUTS = [
     Layout(model="latent", cp=4, comm="all_gather"),
     Layout(model="latent", cp=2, comm="a2a", tp=2, sp=True, zero=3),
     Layout(model="latent", cp=2, comm="a2a", pp=2, tp=2, sp=True),
-    Layout(model="latent", devices=4, pp=2, ep=2),
     Layout(model="latent", pp=2, tp=2, sp=True, zero=3),
 ]
 RARE = [
@@ -143,6 +142,7 @@ RARE = [
     Layout(model="experts", ep=2, etp=4, tp=2, sp=True, batch=16),
     Layout(model="experts", ep=2, etp=4, devices=8, batch=16),  # and over dp alone
     Layout(model="latent", cp=2, ep=2, comm="a2a", pp=2, first=1),
+    Layout(model="latent", devices=4, pp=2, ep=2),
 ]
 """Run with the slow tests."""
 
