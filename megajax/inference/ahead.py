@@ -82,22 +82,9 @@ def build_inference_program(
     drawn = draw_up(config, family, mesh)
     assert family.layer_segments is not None and family.prompt is not None
     params = apart(drawn.params_in_use, family.layer_segments(drawn.model))
-    prompt = {
-        name: jax.ShapeDtypeStruct(
-            array.shape,
-            array.dtype,
-            sharding=NamedSharding(mesh, sharding.spec_of(family.axes_of(name), drawn.rules.table)),
-        )
-        for name, array in family.prompt(config.model, inference_max_requests, inference_max_seq_length).items()
-    }
-    boxed = boxed_cache(drawn.model, params, prompt, length=inference_max_seq_length)
-    specs = sharding.partition_specs(boxed, drawn.rules.table, mesh)
-    cache = jax.tree.map(
-        lambda box, spec: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=NamedSharding(mesh, spec)),
-        boxed,
-        specs,
-        is_leaf=sharding.is_box,
-    )
+    shapes = family.prompt(config.model, inference_max_requests, inference_max_seq_length)
+    prompt = {name: _placed(like, mesh, drawn.rules, family.axes_of(name)) for name, like in shapes.items()}
+    cache = _abstract_cache(drawn.model, params, prompt, inference_max_seq_length, mesh, drawn.rules)
     options = compiler_options(mesh, config, 2, generation=True)
     state = _abstract_state(mesh, drawn.rules, cache, inference_max_requests)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -147,15 +134,26 @@ def _check(config: Config, family: Family, requests: int, length: int) -> None:
         raise ConfigError("sequence_parallel=True cannot divide a step of one token; leave it out")
 
 
+def _placed(like: Any, mesh: Mesh, rules: AxisRules, axes: tuple[str | None, ...]) -> Any:
+    """Shape and dtype of an array, and where it lies."""
+    place = NamedSharding(mesh, sharding.spec_of(axes, rules.table))
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=place)
+
+
+def _abstract_cache(model: nn.Module, params: Any, prompt: Prompt, length: int, mesh: Mesh, rules: AxisRules) -> Any:
+    boxed = boxed_cache(model, params, prompt, length=length)
+    specs = sharding.partition_specs(boxed, rules.table, mesh)
+    return jax.tree.map(
+        lambda box, spec: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype, sharding=NamedSharding(mesh, spec)),
+        boxed,
+        specs,
+        is_leaf=sharding.is_box,
+    )
+
+
 def _abstract_state(mesh: Mesh, rules: AxisRules, cache: Any, requests: int) -> Decoding:
-    token: Any
-    position: Any
-
-    def place(*axes: str) -> NamedSharding:
-        return NamedSharding(mesh, sharding.spec_of(axes, rules.table))
-
-    token = jax.ShapeDtypeStruct((requests,), jnp.int32, sharding=place("batch"))
-    position = jax.ShapeDtypeStruct((), jnp.int32, sharding=place())
+    token = _placed(jax.ShapeDtypeStruct((requests,), jnp.int32), mesh, rules, ("batch",))
+    position = _placed(jax.ShapeDtypeStruct((), jnp.int32), mesh, rules, ())
     return Decoding(cache, token, position)
 
 

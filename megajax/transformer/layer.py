@@ -137,8 +137,8 @@ class TransformerLayer(nn.Module):
         if sub.cross_attention is not None:
             y_BSD, residual_BSD = self._norm(self.pre_cross_attn_layernorm, x_BSD)
             context_mask = context_mask or AttentionMask()
-            kept = {"decode": True} if decode else {}  # not every cross-attention can
-            y_BSD = self.cross_attention(y_BSD, context, mask=context_mask, deterministic=deterministic, **kept)
+            how = {"decode": decode, "deterministic": deterministic}
+            y_BSD = self.cross_attention(y_BSD, context, mask=context_mask, **how)
             if isinstance(y_BSD, WithContext):
                 y_BSD, made = y_BSD
             x_BSD = self.cross_attn_bda(y_BSD, residual_BSD, deterministic=deterministic)

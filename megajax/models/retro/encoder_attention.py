@@ -43,8 +43,15 @@ class RetroEncoderCrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_FRD: Array, chunks_CMD: Array, *, mask: AttentionMask, deterministic: bool = True
+        self,
+        x_FRD: Array,
+        chunks_CMD: Array,
+        *,
+        mask: AttentionMask,
+        decode: bool = False,
+        deterministic: bool = True,
     ) -> NeighborsAttended:
+        assert not decode, "an encoder reads its chunk as a whole"
         config = self.config.replace(attention_dropout=self.attention_dropout)
         attention = CrossAttention(config, self.submodules, name="attn")
         # The neighbours of a chunk are so many more queries.
