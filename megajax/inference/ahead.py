@@ -88,13 +88,12 @@ def build_inference_program(
     options = compiler_options(mesh, config, 2, generation=True)
     state = _abstract_state(mesh, drawn.rules, cache, inference_max_requests)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    model = drawn.model
 
     def read(params: Any, cache: Any, prompt: Prompt, key: jax.Array) -> Decoding:
-        return prefill(model, params, cache, prompt, key, sampling)
+        return prefill(drawn.model, params, cache, prompt, key, sampling)
 
     def step(params: Any, state: Decoding, key: jax.Array) -> Decoding:
-        return decode(model, params, state, key, sampling)
+        return decode(drawn.model, params, state, key, sampling)
 
     jit = partial(jax.jit, donate_argnums=1, out_shardings=places, compiler_options=options)
     return InferenceProgram(
@@ -103,7 +102,7 @@ def build_inference_program(
         mesh=mesh,
         rules=drawn.rules,
         backend=drawn.backend,
-        model=model,
+        model=drawn.model,
         requests=inference_max_requests,
         length=inference_max_seq_length,
         params=params,
