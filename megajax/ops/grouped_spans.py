@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from megajax.ops.grouped import Groups, Placement, round_up, take
+from megajax.ops.zeros import zeros_beside
 from megajax.parallel.gradient_sums import combine
 
 Array = jax.Array
@@ -66,10 +67,10 @@ def _rows(source_R: Array, row: Array, span: int, N: int, K: int) -> tuple[Array
     return assignment, jnp.where(assignment >= N * K, N + jnp.arange(span), assignment // K)
 
 
-def _sum_like(x_ND: Array, K: int) -> Array:
-    """Zeros to add to. With one expert a token there is nothing to sum."""
+def _sum_like(x_ND: Array, K: int) -> jax.ShapeDtypeStruct:
+    """What to add up in. With one expert a token there is nothing to sum."""
     dtype = x_ND.dtype if K == 1 else jnp.promote_types(x_ND.dtype, jnp.float32)
-    return jnp.zeros(x_ND.shape, dtype)
+    return jax.ShapeDtypeStruct(x_ND.shape, dtype)
 
 
 def _add(total_ND: Array, tokens: Array, rows: Array, K: int) -> Array:
@@ -87,7 +88,8 @@ def _through(
         y = fn(params, take(x_ND, tokens), take(probs, assignment), _groups(sizes, row, span, block))
         return _add(y_ND, tokens, y, K)
 
-    return _each_span(span, sizes, body, _sum_like(x_ND, K)).astype(x_ND.dtype)
+    zeros, x_ND = zeros_beside(_sum_like(x_ND, K), x_ND)
+    return _each_span(span, sizes, body, zeros).astype(x_ND.dtype)
 
 
 def _forward(fn: Experts, block: int, span: int, K: int, *saved: Any):
@@ -110,8 +112,7 @@ def _backward(fn: Experts, block: int, span: int, K: int, saved: Any, dy_ND: Arr
             d_probs.at[assignment].set(dp, mode="drop"),
         )
 
-    nothing = jax.tree.map(jnp.zeros_like, params)
-    sums = (nothing, _sum_like(x_ND, K), jnp.zeros_like(probs))
+    sums, dy_ND = zeros_beside((params, _sum_like(x_ND, K), probs), dy_ND)
     d_params, dx_ND, d_probs = _each_span(span, sizes, body, sums)
     return d_params, dx_ND.astype(x_ND.dtype), d_probs, None
 

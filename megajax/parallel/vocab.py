@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from megajax.ops.cross_entropy import CrossEntropyOptions, FusedLoss, LinearCrossEntropy, LossComputation, LossGradients
+from megajax.ops.zeros import zeros_beside
 
 Array = jax.Array
 Axes = tuple[str, ...]
@@ -167,9 +168,8 @@ def _lookup_backward(layout: VocabLayout, residuals: Any, d_x_BSD: Array) -> Any
         v, D = table_vd.shape[0], d_x_bsD.shape[-1]
         row, mine = _local_rows(ids_bs, v, layout)
         d_x_bsD = jnp.where(mine[..., None], d_x_bsD, 0.0).astype(jnp.float32)
-        # Zeros that come into being here: XLA would else keep those in which the loss added up its own gradient.
-        zero, d_x_bsD = jax.lax.optimization_barrier((jnp.float32(0), d_x_bsD))
-        return layout.summed(jnp.broadcast_to(zero, (v, D)).at[row].add(d_x_bsD), dim=1)
+        zeros, d_x_bsD = zeros_beside(jax.ShapeDtypeStruct((v, D), jnp.float32), d_x_bsD)  # not those of the loss
+        return layout.summed(zeros.at[row].add(d_x_bsD), dim=1)
 
     table_spec = layout.spec(layout.vocab, layout.embed)
     d_table = layout.region(
