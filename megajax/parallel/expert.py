@@ -89,7 +89,7 @@ def dispatch(
 ) -> Array:
     """Sum over a token's experts of expert(token) * probability.
 
-    It opens a `shard_map` over all axes named here, in the mesh of the context, also inside one that is manual over
+    It opens `shard_map`s over all axes named here, in the mesh of the context, also inside one that is manual over
     other axes, or over some of these: then x and params are what a replica has of them. Without a mesh everything is
     local. Gradients are exact for x, probs and params. Sums over devices are
     taken in the dtype of what is summed (of params' gradients, so give fp32 ones and cast in `expert_fn`), on CPUs in
@@ -114,12 +114,14 @@ def dispatch(
         x, params, expert_fn, num_experts=num_experts, dispatcher=dispatcher, token_spec=token_spec, ep=ep, etp=etp,
         param_specs=param_specs,
     )  # fmt: skip
-    return steps.all(x, expert_ids, probs, params)
+    top_k = expert_ids.shape[-1]
+    sent = steps.compute(params, steps.send(x, expert_ids, probs), top_k=top_k)
+    return steps.collect(sent, x.shape, top_k=top_k)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertSteps:
-    """`dispatch` in three steps, each a manual region of its own, for a schedule that overlaps the exchange.
+    """`dispatch` in three steps, each a manual region of its own, so that a schedule can overlap the exchange.
 
     What goes from step to step holds, for each device, its own part: leaves are cut over all manual axes at dim 0.
     """
@@ -173,19 +175,6 @@ class ExpertSteps:
             axes, token_spec, specs, manual,
             math.prod(x.shape[:-1]) // cut, expert_fn, num_experts, dispatcher, x.dtype, widened,
         )  # fmt: skip
-
-    def all(self, x: Array, expert_ids: Array, probs: Array, params: Any) -> Array:
-        """The three steps in one region."""
-
-        def region(x: Array, ids: Array, probs: Array, params: Any) -> Array:
-            top_k = ids.shape[-1]
-            sent = self._send(x, ids, probs)
-            return self._collect(self._compute(params, sent, top_k), x.shape, top_k)
-
-        tokens = self._tokens(x.ndim)
-        in_specs = (tokens, tokens, tokens, self.param_specs)
-        run = self._region(region, in_specs, tokens)
-        return run(self._wide(x), expert_ids, probs, self._wide(params)).astype(self.dtype)
 
     def send(self, x: Array, expert_ids: Array, probs: Array) -> Sent:
         """Tokens to the devices of their experts."""

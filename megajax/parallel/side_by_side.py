@@ -2,7 +2,8 @@
 
 A compiler puts work beside a collective only within a computation, and a loop's body is one of its own. The forward
 pass of a microbatch is a loop over layers, the backward pass of another one too: one after the other, each waits for
-its own exchange of tokens; as one loop, of a layer of each a turn, one's exchange runs beside the other's arithmetic.
+its own exchange of tokens; as one loop, of a layer of each a turn, one's exchange runs beside the other's arithmetic,
+for which they take turns (`megajax.parallel.in_turns`).
 Which loops fit each other is read from the jaxprs, so a model needs to know nothing of it.
 """
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
+from megajax.parallel.in_turns import Chain, take_turns
 from megajax.parallel.jaxprs import Values, named, read, run, scan_arguments, start
 from megajax.parallel.pipeline_pieces import at_index, put_at, room
 
@@ -32,6 +34,13 @@ def side_by_side(
     one, other = _Half.of(first, first_args), _Half.of(second, second_args)
     _run(one.half, other.half, ("scan", "cond"))
     return one.result(), other.result()
+
+
+class _Body(NamedTuple):
+    """Of a loop or a branch, with its arguments."""
+
+    closed: ClosedJaxpr
+    args: Sequence[Any]
 
 
 class _Traced(NamedTuple):
@@ -85,15 +94,25 @@ class _Half:
 
 def _run(one: _Half, other: _Half, kinds: tuple[str, ...]) -> None:
     """Both to their end. kinds: of instructions to join here, inside of those, and so on."""
-    if kinds:
-        kind, *inside = kinds
-        join = {"scan": _join_scans, "cond": _join_branches}[kind]
-        for place, its_place in _pairs(_turns(one.eqns, kind), _turns(other.eqns, kind)):
-            one.run_to(place)
-            other.run_to(its_place)
-            join(one, other, tuple(inside))
+    kind, *inside = kinds
+    join = {"scan": _join_scans, "cond": _join_branches}[kind]
+    for place, its_place in _pairs(_turns(one.eqns, kind), _turns(other.eqns, kind)):
+        one.run_to(place)
+        other.run_to(its_place)
+        join(one, other, tuple(inside))
     one.run_to(len(one.eqns))
     other.run_to(len(other.eqns))
+
+
+def _run_bodies(mine: _Body, its: _Body, kinds: tuple[str, ...]) -> tuple[list[Any], list[Any]]:
+    """The results of both."""
+    if kinds and _pairs(*(_turns(body.closed.jaxpr.eqns, kinds[0]) for body in (mine, its))):
+        halves = _Half.start(*mine), _Half.start(*its)
+        _run(*halves, kinds)
+        return halves[0].results, halves[1].results
+    chains = Chain.of(*mine), Chain.of(*its)
+    take_turns(*chains)
+    return chains[0].results, chains[1].results
 
 
 def _turns(eqns: Sequence[JaxprEqn], kind: str) -> list[tuple[int, int]]:
@@ -131,9 +150,9 @@ class _Loop(NamedTuple):
         written = room(length, [out.aval for out in body.jaxpr.outvars[num_carry:]])
         return cls(body, consts, carry, rows, written, length - 1, eqn.params["reverse"])
 
-    def turn(self, carry: list[Array], index: Array) -> _Half:
+    def turn(self, carry: list[Array], index: Array) -> _Body:
         rows = at_index(self.rows, self.at(index))
-        return _Half.start(self.body, [*self.consts, *carry, *rows])
+        return _Body(self.body, [*self.consts, *carry, *rows])
 
     def after(self, results: list[Array], written: list[Array], index: Array) -> tuple[list[Array], list[Array]]:
         """(carry, rows written)."""
@@ -151,9 +170,7 @@ def _join_scans(one: _Half, other: _Half, inside: tuple[str, ...]) -> None:
 
     def turn(state: Tree, index: Array) -> tuple[Tree, None]:
         (carry, written), (its_carry, its_written) = state
-        halves = mine.turn(carry, index), its.turn(its_carry, index)
-        _run(*halves, inside)
-        results, its_results = (half.results for half in halves)
+        results, its_results = _run_bodies(mine.turn(carry, index), its.turn(its_carry, index), inside)
         return (mine.after(results, written, index), its.after(its_results, its_written, index)), None
 
     with named(eqn):
@@ -170,9 +187,7 @@ def _join_branches(one: _Half, other: _Half, inside: tuple[str, ...]) -> None:
     branches, its_branches = eqn.params["branches"], its_eqn.params["branches"]
 
     def both(mine: ClosedJaxpr, its: ClosedJaxpr, given: list[Array], its_given: list[Array]) -> Tree:
-        halves = _Half.start(mine, given), _Half.start(its, its_given)
-        _run(*halves, inside)
-        return tuple(half.results for half in halves)
+        return _run_bodies(_Body(mine, given), _Body(its, its_given), inside)
 
     pairs = [partial(both, mine, its) for mine in branches for its in its_branches]
     with named(eqn):
