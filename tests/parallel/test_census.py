@@ -172,13 +172,13 @@ ON_CPU = {
         "3 collective-permute cp",
         "6 collective-permute cp",
         "",
-        "15 all-reduce cp",  # gradients of nine arrays of layers, of embedding, last norm and head; loss; tokens, twice
+        "9 reduce-scatter cp, 9 all-gather cp, 15 all-reduce cp",  # as ZeRO-1 over dp, see below
     ),
     "ulysses2": (
         "2 all-to-all ulysses",
         "2 all-to-all ulysses",
         "",
-        "15 all-reduce ulysses",
+        "9 reduce-scatter ulysses, 9 all-gather ulysses, 15 all-reduce ulysses",
     ),
     # Gradients of three norms, which are whole, are summed whole; the loss; the norms of all; tokens, twice.
     "zero1": ("", "", "", "9 reduce-scatter dp, 9 all-gather dp, 15 all-reduce dp"),
@@ -189,12 +189,12 @@ ON_CPU = {
         "2 all-gather dp, 11 all-reduce dp",  # embedding and head stay gathered for all microbatches
     ),
     "ring2-tp2-sp-zero3": (
-        "7 all-gather dp, 2 all-gather tp, 2 all-reduce tp, 1 collective-permute cp",
-        "7 all-gather dp, 4 all-gather tp, 5 all-reduce tp, 2 collective-permute cp,"
-        "7 all-reduce cp, 2 all-reduce cp+tp, 9 all-reduce dp",  # gradients of kernels, of norms, and of all
-        "2 reduce-scatter tp, 2 all-gather tp, 2 all-reduce tp, 2 reduce-scatter dp,"
-        "3 all-reduce cp, 1 all-reduce cp+tp, 2 all-reduce dp",
-        "2 all-gather dp, 11 all-reduce dp, 9 all-reduce tp, 2 all-reduce cp",
+        "7 all-gather dp+cp, 2 all-gather tp, 2 all-reduce tp, 1 collective-permute cp",
+        "7 all-gather dp+cp, 4 all-gather tp, 5 all-reduce tp, 2 collective-permute cp,"
+        "7 all-reduce dp+cp, 2 all-reduce cp+tp, 2 all-reduce dp",  # gradients of kernels, and of norms
+        "2 reduce-scatter tp, 2 all-gather tp, 2 all-reduce tp, 2 reduce-scatter dp+cp,"
+        "1 all-reduce cp, 1 all-reduce cp+tp, 2 all-reduce dp",
+        "2 all-gather dp+cp, 9 all-reduce dp+cp, 9 all-reduce tp, 2 all-reduce dp, 2 all-reduce cp",
     ),
 }
 
@@ -211,16 +211,21 @@ ON_H100 = {
         "3 collective-permute cp",
         "6 collective-permute cp",
         "",
-        "2 all-reduce cp",
+        "9 reduce-scatter cp, 9 all-gather cp, 2 all-reduce cp",
     ),
     "ulysses2": (
         "2 all-to-all ulysses",
         "2 all-to-all ulysses",
         "",
-        "2 all-reduce ulysses",
+        "9 reduce-scatter ulysses, 9 all-gather ulysses, 2 all-reduce ulysses",
     ),
     # Keys and values are gathered together.
-    "allgather2": ("1 all-gather cp", "1 reduce-scatter cp", "", "2 all-reduce cp"),
+    "allgather2": (
+        "1 all-gather cp",
+        "1 reduce-scatter cp",
+        "",
+        "9 reduce-scatter cp, 9 all-gather cp, 2 all-reduce cp",
+    ),
     "zero0": ("", "", "", "2 all-reduce dp"),
     "zero1": ("", "", "", "9 reduce-scatter dp, 9 all-gather dp, 2 all-reduce dp"),
     "zero2": ("", "7 reduce-scatter dp", "2 reduce-scatter dp, 1 all-reduce dp", "9 all-gather dp, 2 all-reduce dp"),
@@ -231,11 +236,11 @@ ON_H100 = {
         "2 all-reduce dp",
     ),
     "ring2-tp2-sp-zero3": (
-        "7 all-gather dp, 2 all-gather tp, 2 reduce-scatter tp, 1 collective-permute cp",
-        "7 all-gather dp, 4 all-gather tp, 2 reduce-scatter tp, 2 collective-permute cp, 7 reduce-scatter dp",
-        "2 reduce-scatter tp, 2 all-gather tp, 2 all-reduce tp, 2 all-gather dp, 2 reduce-scatter dp,"
-        "1 all-reduce cp, 1 all-reduce dp+cp+tp",
-        "2 all-reduce dp+cp, 1 all-reduce cp, 1 all-reduce dp+tp, 1 all-reduce dp+cp+tp",
+        "7 all-gather dp+cp, 2 all-gather tp, 2 reduce-scatter tp, 1 collective-permute cp",
+        "7 all-gather dp+cp, 4 all-gather tp, 2 reduce-scatter tp, 2 collective-permute cp, 7 reduce-scatter dp+cp",
+        "2 reduce-scatter tp, 2 all-gather tp, 2 all-reduce tp, 2 all-gather dp+cp, 2 reduce-scatter dp+cp,"
+        "1 all-reduce dp+cp+tp",
+        "2 all-reduce dp+cp, 1 all-reduce dp+cp+tp",
     ),
 }
 
