@@ -47,7 +47,7 @@ KERNELS, NORMS = 7, 2  # of a layer
 
 TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
 SP = TP | {"sequence_parallel": True}
-PP = {"pipeline_model_parallel_size": 2}
+PP = {"pipeline_model_parallel_size": 2, "pipeline_engine": "lockstep"}
 
 
 class Compiled(NamedTuple):
@@ -363,4 +363,4 @@ def test_on_h100(layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [2, 4])
 def test_pipeline_on_h100(p):
-    _check_pipeline(_on_h100(p, 8, pipeline_model_parallel_size=p), p, 8, norms=1)
+    _check_pipeline(_on_h100(p, 8, **PP | {"pipeline_model_parallel_size": p}), p, 8, norms=1)
