@@ -4,6 +4,7 @@
 # S sequence, D features, F features inside
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,12 +52,14 @@ def arguments() -> tuple[Any, ...]:
     return tuple(jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def barriers(passes: Any, arguments: tuple[Any, ...], mesh_shape: dict[str, int]) -> list[Any]:
+def barriers(
+    passes: Any, arguments: tuple[Any, ...], mesh_shape: dict[str, int], kernels: Sequence[int] = (1, 2)
+) -> list[Any]:
     """Shapes that are tied together in the reordered pass, which gives the numbers of the pass as it was."""
     mesh = jax.make_mesh(tuple(mesh_shape.values()), tuple(mesh_shape), axis_types=(AxisType.Auto,) * len(mesh_shape))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         closed = jax.make_jaxpr(passes)(*arguments)
-        ordered = kernels_beside_sums(closed, [1, 2])
+        ordered = kernels_beside_sums(closed, kernels)
         eqns = jax.make_jaxpr(ordered)(*arguments).jaxpr.eqns
         for mine, its in zip(jax.jit(ordered)(*arguments), jax.jit(passes)(*arguments), strict=True):
             np.testing.assert_allclose(mine, its, rtol=1e-5)
@@ -71,6 +74,23 @@ def test_the_sum_and_both_kernels_are_tied_once(linear: Any, arguments: tuple[An
 def test_a_kernel_that_no_sum_has_is_tied_to_the_gradient_that_is_gathered(arguments: tuple[Any, ...]) -> None:
     again = jax.checkpoint(product, prevent_cse=False)
     assert barriers(backward_of_two(again), arguments, {"dp": 1, "tp": 2}) == [[(S, F), (D, F)]]
+
+
+def test_linears_that_are_computed_again_together_are_tied_one_by_one(arguments: tuple[Any, ...]) -> None:
+    again = jax.checkpoint(product, prevent_cse=False)
+
+    def mlp(h_SD: Any, gate_DF: Any, up_DF: Any) -> Any:
+        return again(h_SD, gate_DF) * again(h_SD, up_DF)
+
+    def layer(x_SD: Any, gate_DF: Any, up_DF: Any, down_FD: Any) -> Any:
+        h_SD = constrain(jnp.tanh(x_SD), "residual_seq", "act_embed")
+        return again(jax.checkpoint(mlp, prevent_cse=False)(h_SD, gate_DF, up_DF), down_FD)
+
+    def passes(x_SD: Any, gate_DF: Any, up_DF: Any, dy_SF: Any, down_FD: Any) -> Any:
+        return jax.vjp(layer, x_SD, gate_DF, up_DF, down_FD)[1](dy_SF[:, :D])
+
+    tied = barriers(passes, (*arguments, jnp.ones((F, D))), {"dp": 1, "tp": 2}, kernels=(1, 2, 3))
+    assert tied == [[(S, D), (D, F), (D, F)]]
 
 
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2, "tp": 1}, {"dp": 2, "tp": 2}])
