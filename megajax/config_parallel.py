@@ -71,7 +71,8 @@ class ParallelConfig:
     """In lockstep a forward and a backward run in one loop over layers, so that tokens of one travel while the other
     computes. Takes a tick more, and memory for both. None: where devices share out experts."""
     zero: Literal[0, 1, 2, 3] = 1
-    """Over data parallelism: 0 replicates, 1 shards the optimizer state, 2 the gradients too, 3 also the parameters."""
+    """Over data, expert and context parallelism: 0 replicates, 1 shards the optimizer state, 2 the gradients too, 3
+    also the parameters."""
     num_distributed_optimizer_instances: int = 1
     """Copies of what zero shards: it is sharded inside each of so many groups of data-parallel devices."""
 
