@@ -31,12 +31,6 @@ def combine(path: Any, total: Any, gradient: Array) -> Array:
     return jnp.maximum(total, gradient) if is_fp8_meta(path) else total + gradient
 
 
-def combine_at(path: Any, totals: Array, index: Array, gradient: Array) -> Array:
-    """Totals [n, ...] with a gradient in row `index`."""
-    row = totals.at[index]
-    return row.max(gradient) if is_fp8_meta(path) else row.add(gradient)
-
-
 def combined_rows(path: Any, gradients: Array) -> Array:
     """Gradients [n, ...] as one."""
     return jnp.max(gradients, axis=0) if is_fp8_meta(path) else jnp.sum(gradients, axis=0)

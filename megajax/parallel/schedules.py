@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from megajax.config import ConfigError
 from megajax.config_checks import require
 
@@ -99,16 +97,6 @@ class Schedule:
     def order(self, stage: int) -> tuple[Op, ...]:
         """Operations of a stage, first to last."""
         return tuple(op for row in self.table if (op := row[stage]) is not None)
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(kind, chunk, microbatch), each int32 [ticks, stages]: 0 idle, 1 F, 2 B, 3 W; zeros where idle."""
-        cells = [
-            (0, 0, 0) if op is None else (1 + KINDS.index(op.kind), op.chunk, op.microbatch)
-            for row in self.table
-            for op in row
-        ]
-        kind, chunk, microbatch = np.array(cells, np.int32).reshape(self.ticks, self.stages, 3).transpose(2, 0, 1)
-        return kind, chunk, microbatch
 
     def timeline(self, costs: Costs | None = None) -> tuple[tuple[Span, ...], ...]:
         """For each stage when its operations run if each begins once its stage is free and its inputs are there."""

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megajax.config import ConfigError
+from megajax.parallel.schedule_ticks import plan_ticks
 from megajax.parallel.schedules import (
     KINDS,
     SCHEDULES,
@@ -148,12 +149,13 @@ def test_time_of_transfers_and_of_unequal_stages() -> None:
 
 
 def test_arrays_say_what_the_table_says() -> None:
-    kind, chunk, microbatch = read("x", INTERLEAVED).arrays()
+    ticks = plan_ticks(read("x", INTERLEAVED)).stage_ticks
+    kind, chunk, microbatch = ticks.kind, ticks.chunk, ticks.microbatch
     assert kind.shape == (18, 2) and kind.dtype == np.int32
     assert kind[:6, 1].tolist() == [0, 1, 1, 1, 2, 1]
     assert chunk[:6, 1].tolist() == [0, 0, 0, 1, 1, 1]
     assert microbatch[:6, 1].tolist() == [0, 0, 1, 0, 0, 1]
-    assert read("x", ZB_H1).arrays()[0].max() == 3
+    assert plan_ticks(read("x", ZB_H1)).stage_ticks.kind.max() == 3
 
 
 @settings(max_examples=60, deadline=None)
