@@ -85,9 +85,9 @@ def meetings_in_branches(hlo_text: str, mesh: Mesh) -> Iterator[Collective]:
             yield found
 
 
-def _is_of_some_stages(loop: Instruction) -> bool:
+def _is_of_some_stages(instruction: Instruction) -> bool:
     """By its own name: what stands inside has the name, too, and is found with it."""
-    return SOME_STAGES in loop.op_name.split("/")
+    return SOME_STAGES in instruction.op_name.split("/")
 
 
 def _within(computations: Mapping[str, list[Instruction]], names: set[str]) -> Iterator[Instruction]:

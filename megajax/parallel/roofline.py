@@ -103,13 +103,8 @@ class Estimate:
         return self.seconds - self.compute
 
 
-Shares = Mapping[int, tuple[float, ...]]
-"""Number of branches of a conditional -> how often each is taken. Of two branches, the first is the one with nothing to
-do, and all devices take the same; of more, devices differ, and wait for the one that has most to do."""
-
-
 class Taken(NamedTuple):
-    """How often a branch runs that not all devices take: mean over the devices, and on the one that takes it most."""
+    """How often runs what not all devices run: mean over the devices, and on the one that runs it most."""
 
     mean: float
     most: float
@@ -119,7 +114,7 @@ def estimate(
     hlo_text: str,
     mesh: Mesh,
     target: Target,
-    shares: Shares | None = None,
+    busy: float | None = None,
     *,
     turns: int = 1,
     blocks_of: BlocksOf | None = None,
@@ -128,20 +123,22 @@ def estimate(
     """Reads a compiled program for the devices of `mesh`, of the kind `target`.
 
     Args:
-      shares: how often conditionals in loops take which branch; without it, always the longest.
+      busy: how often conditionals in loops, of two branches and without a name, take the longer one, all devices alike.
+        None: always, as all others do.
       turns: of loops whose number of turns is known at run time only; but one of those over spans of experts' rows
         (`megajax.ops.grouped_spans`), which have room for what a router that balances gives.
       blocks_of: how much grouped kernels do; `turns` blocks by default.
       taken: of conditionals by their name (`megajax.parallel.skipped`) how often the longer branch runs, whatever
-        `shares` says. The others wait for the device that takes it most. Of four branches, for two such conditionals
-        side by side (`megajax.parallel.side_by_side`), each is taken so often.
+        `busy` says, and of loops of one turn or none (`megajax.parallel.branch_check`) how often they do. The others
+        wait for the device that runs it most. Of four branches, for two such conditionals side by side
+        (`megajax.parallel.side_by_side`), each is taken so often.
 
     Raises:
       ValueError: the text is not that of a compiled program.
     """
     computations, entry = computations_of(hlo_text)
     blocks_of = blocks_of or (lambda rows: turns)
-    program = _Program(computations, mesh, target, shares or {}, turns, blocks_of, taken or {})
+    program = _Program(computations, mesh, target, busy, turns, blocks_of, taken or {})
     run = program.run(entry, Where())
     return Estimate(run.clock, run.compute, run.flops, run.recomputed, tuple(program.transfers), program.kernels)
 
@@ -186,12 +183,12 @@ class _Program:
         computations: Mapping[str, list[Instruction]],
         mesh: Mesh,
         target: Target,
-        shares: Shares,
+        busy: float | None,
         turns: int,
         blocks_of: BlocksOf,
         taken: Mapping[str, Taken],
     ) -> None:
-        self.computations, self.mesh, self.target, self.shares = computations, mesh, target, shares
+        self.computations, self.mesh, self.target, self.busy = computations, mesh, target, busy
         self.turns, self.blocks_of, self.taken = turns, blocks_of, taken
         self.mesh_shape = tuple(mesh.shape.items())
         self.transfers: list[Transfer] = []
@@ -278,19 +275,16 @@ class _Program:
         """(how often each branch runs on average, how often the longest on the device that others wait for)."""
         path = instruction.op_name.split("/")
         taken = next((taken for name, taken in self.taken.items() if name in path), None)
-        shares = self.shares.get(branches) if where.loops else None
-        if taken is not None and branches == 2:
-            shares = (1 - taken.mean, taken.mean)
-        elif taken is not None and branches == 4:
-            one, other = (1 - taken.mean, taken.mean), (1 - taken.mean, taken.mean)
-            shares = tuple(mine * its for mine in one for its in other)
-        if shares is None:
-            shares = tuple(float(i == longest) for i in range(branches))
-        elif branches == 2 and longest == 0:
-            shares = shares[::-1]
-        if taken is not None:
-            return shares, taken.most
-        return shares, shares[longest] if branches == 2 else 1.0
+        if taken is not None and branches == 4:
+            pair = 1 - taken.mean, taken.mean
+            return tuple(mine * its for mine in pair for its in pair), taken.most
+        mean = 1.0
+        if branches == 2 and taken is not None:
+            mean = taken.mean
+        elif branches == 2 and where.loops and self.busy is not None:
+            mean = self.busy
+        shares = tuple(mean if i == longest else (1 - mean) / (branches - 1) for i in range(branches))
+        return shares, mean if taken is None else taken.most
 
     def _branch(self, name: str, where: Where) -> _Branch:
         """One branch by itself."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from megajax.parallel.one_stage import ON_LAST_STAGE
 from megajax.parallel.pipeline import Lockstep
 from megajax.parallel.pipeline_table import loop_of
-from megajax.parallel.roofline import Shares, Taken
+from megajax.parallel.roofline import Taken
 from megajax.parallel.schedule_ticks import Plan, plan_ticks
 from megajax.parallel.schedules import Schedule, make_schedule
 from megajax.training.ahead import Compiled
@@ -22,16 +22,16 @@ class PipelineView(NamedTuple):
     """Of a compiled step.
 
     Attributes:
-      shares: how often the branches of conditionals that have no name are taken: both ends of a pipeline work in as
-        many ticks as there are microbatches.
+      busy: how often the branches of conditionals that have no name are taken: both ends of a pipeline work in as many
+        ticks as there are microbatches. None without a pipeline.
       taken: how often branches and loops with these names run: rows that stages do not fill all alike, what the last
         stage does alone, and operations that a stage looks up.
-      engine: which it is, and why; None without a pipeline, as are the next two.
+      engine: of training, which it is, and why; None for an evaluation, or without a pipeline, as are the next two.
       in_flight: passes of a chunk whose activations are kept at once, and those of Megatron's first stage.
       idle_share: of what is executed, what is computed only to keep step.
     """
 
-    shares: Shares
+    busy: float | None
     taken: dict[str, Taken]
     engine: str | None = None
     schedule: Schedule | None = None
@@ -44,20 +44,21 @@ def pipeline_of(compiled: Compiled) -> PipelineView:
     program, parallel = compiled.program, compiled.program.config.parallel
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
     if stages == 1:
-        return PipelineView({}, _taken(program, None))
-    choice, blocks = choose_engine(program.stages, program.config), len(program.stages.blocks)
+        return PipelineView(None, _taken(program, None))
+    blocks = len(program.stages.blocks)
     microbatches, group = compiled.num_microbatches, parallel.microbatch_group_size_per_vp_stage
     schedule = make_schedule(parallel.pipeline_schedule, stages, microbatches, chunks * blocks, group=group)
     lockstep = Lockstep(stages, chunks * blocks, microbatches)
-    if choice.name == "lockstep" or compiled.step != "train":  # an evaluation runs forward in lockstep
-        plan, ticks, slots = None, lockstep.forward_ticks, lockstep.slots
-        idle = 1 - microbatches * schedule.chunks / ticks
-    else:
+    plan, ticks, slots = None, lockstep.forward_ticks, lockstep.slots
+    idle = 1 - microbatches * schedule.chunks / ticks
+    if compiled.step != "train":  # forward, in lockstep
+        return PipelineView(microbatches / ticks, _taken(program, None), schedule=schedule, idle_share=idle)
+    choice = choose_engine(program.stages, program.config)
+    if choice.name == "table":
         plan = plan_ticks(schedule, blocks, choice.parts)
         ticks, slots, idle = len(plan.stage_ticks.kind), sum(plan.slots.saved), 0.0
-    busy = microbatches / ticks
     kept = slots, schedule.peak_live()[0]
-    return PipelineView({2: (1 - busy, busy)}, _taken(program, plan), choice.title, schedule, kept, idle)
+    return PipelineView(microbatches / ticks, _taken(program, plan), choice.title, schedule, kept, idle)
 
 
 def _taken(program: Program, plan: Plan | None) -> dict[str, Taken]:

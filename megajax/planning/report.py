@@ -165,8 +165,8 @@ def report_of(compiled: Compiled, target: str) -> Report:
     pipeline = pipeline_of(compiled)
     tokens = config.data.seq_length * config.train.micro_batch_size // config.parallel.context_parallel_size
     blocks_of = partial(blocks_of_rows, config, tokens)
-    text, shares, taken = compiled.executable.as_text(), pipeline.shares, pipeline.taken
-    found = estimate(text, mesh, gpu, shares, turns=blocks_of(None), blocks_of=blocks_of, taken=taken)
+    text, taken = compiled.executable.as_text(), pipeline.taken
+    found = estimate(text, mesh, gpu, pipeline.busy, turns=blocks_of(None), blocks_of=blocks_of, taken=taken)
     samples = compiled.num_microbatches * program.batches.micro_batch_size * program.batches.data_parallel_size
     seq_length = config.data.seq_length
     work = program.family.flops(config.model, batch_size=samples, seq_length=seq_length) / mesh.size

@@ -88,6 +88,7 @@ def test_a_pipeline_idles_as_the_papers_say():
         assert report.idle_flops == pytest.approx(idle)
         useful = report.executed_flops - report.idle_flops - report.recomputed_flops
         assert useful == pytest.approx(report.model_flops, rel=0.1)
+        assert report.engine == f"pipeline engine {engine}: as asked for"
 
 
 @needs_aot
