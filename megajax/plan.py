@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megajax import cli
+from megajax.cli_flags import spell
+from megajax.cli_json import read_json
 from megajax.config import Config, ConfigError
 from megajax.config_checks import require
 from megajax.data.files import clear_errors, publish, temporary_beside
@@ -114,6 +116,7 @@ def plan_training(options: argparse.Namespace, flags: list[str]) -> None:
         if options.search:
             require(options.mesh is None, f"--mesh {options.mesh} has no effect with --search; drop one of them")
             require(options.step == "train", f"--search ranks meshes for training, not for --step {options.step}")
+            _require_no_layout(config, family, flags)
 
             def progress(done: int, total: int, what: str) -> None:
                 bar = f"{'█' * round(20 * done / total):░<20}"
@@ -133,6 +136,18 @@ def plan_training(options: argparse.Namespace, flags: list[str]) -> None:
     else:
         print("\n".join(text.format_search(ranked)) if options.search else "", end="\n" if options.search else "")
         print("" if found is None else text.format_report(found))
+
+
+def _require_no_layout(config: Config, family: Family, flags: list[str]) -> None:
+    """Raises ConfigError where flags, and not the run of `--config`, say how to lay out what is searched for."""
+    from megajax.models.registry import FAMILIES
+
+    path = cli.control_value(flags, "--config")
+    saved = {"model_family": family.name} | (read_json(path) if path is not None else {})
+    known = cli.from_json(saved, families=FAMILIES)
+    for name, value in vars(config.parallel).items():
+        if value != vars(known.parallel)[name]:
+            raise ConfigError(f"{spell(name)}={value} has no effect with --search, which chooses the layout; drop it")
 
 
 def plan_schedule(options: argparse.Namespace) -> None:

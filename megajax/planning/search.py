@@ -177,7 +177,7 @@ def _weighed(config: Config, leaves: list[Any], flops: int, gpu: Target, devices
     layers, hidden, full = model.num_layers / pp, model.hidden_size, model.recompute_granularity == "full"
     tokens = config.data.seq_length * micro / (tp * cp)
     width = 2 * hidden if full else 18 * hidden + 4 * _width(config)
-    has_table = parallel.runs_a_table or (why_lockstep(config) is None and layers % 2 == 0)
+    has_table = why_lockstep(config) is None and layers % 2 == 0
     slots = min(pp if has_table else 2 * pp - 1, microbatches + 1) if pp > 1 else 1
     mixed = model.mixed_precision  # the model computes with copies: see `ComputedWith`
     gradients = (6 if mixed else 8) * numbers if microbatches > 1 or pp > 1 else 4 * numbers

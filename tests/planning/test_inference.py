@@ -187,6 +187,10 @@ NO_STEP = "has no step that decodes with a cache; choose from gpt, t5, mamba, ll
         (("--model", "gpt", *DECODE, "--inference-max-seq-length", "0"), "max-seq-length 0: must be at least 1"),
         (("--model", "gpt", *DECODE, "--search"), "--search ranks meshes for training"),
         (("--model", "gpt", "--num-devices", "8", "--step", "eval", "--search"), "--search ranks meshes for training"),
+        (
+            ("--model", "gpt", "--num-devices", "8", "--search", "--tp", "2"),
+            "tensor-model-parallel-size=2 has no effect",
+        ),
         (("--model", "gpt", "--num-devices", "8", "--inference-max-requests", "8"), "has no effect with --step train"),
         (("--preset", "gpt3-125m", *DECODE), "--inference-max-seq-length 2560 exceeds max_sequence_length=2048"),
     ],
