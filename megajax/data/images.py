@@ -61,7 +61,9 @@ def _read(given: Mapping[str, Any], path: Path) -> Preparation:
         require(not given.get(name), f"{path}: {name}={given.get(name)} is not supported; prepare a .npy yourself")
     found: dict[str, Any] = {"scale": 1.0}
     if given.get("do_resize", True):
-        found |= {"size": _size(given["size"]), "resample": int(given.get("resample", 3))}
+        resample = int(given.get("resample", 3))
+        require(resample in range(6), f"{path}: resample={resample} is none of Pillow's filters; give 0 to 5")
+        found |= {"size": _size(given["size"]), "resample": resample}
     if given.get("do_center_crop", "crop_size" in given):
         crop = _size(given["crop_size"])
         found["crop"] = (crop, crop) if isinstance(crop, int) else crop
@@ -96,7 +98,7 @@ def read_image(path: Path) -> np.ndarray:
             image = np.load(path, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ConfigError(f"--image {path}: is no array of NumPy") from error
-        pixels = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
+        pixels = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3 and image.size > 0
         if not pixels and not (image.dtype.kind == "f" and image.ndim == 3):
             raise ConfigError(
                 f"--image {path}: holds {image.dtype} {list(image.shape)}; give uint8 [H, W, 3], or floats [C, H, W]"

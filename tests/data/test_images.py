@@ -47,6 +47,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "text.npy").write_text("no array")
     np.save(tmp_path / "ids.npy", np.zeros((3, 4), np.int32))
+    np.save(tmp_path / "empty.npy", np.zeros((0, 4, 3), np.uint8))
     shape, pixels = (3, 12, 12), np.zeros((12, 12, 3), np.uint8)
 
     def saved(text: str) -> Path:
@@ -58,10 +59,12 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (lambda: read_image(tmp_path / "text.png"), "cannot be read as an image; give a PNG or JPEG"),
         (lambda: read_image(tmp_path / "text.npy"), "is no array of NumPy"),
         (lambda: read_image(tmp_path / "ids.npy"), "holds int32 [3, 4]; give uint8 [H, W, 3], or floats [C, H, W]"),
+        (lambda: read_image(tmp_path / "empty.npy"), "holds uint8 [0, 4, 3]; give uint8 [H, W, 3]"),
         (lambda: preparation_in(tmp_path), "has no preprocessor_config.json"),
         (lambda: preparation_in(saved("[]")), "is not what an image processor saves"),
         (lambda: preparation_in(saved('{"size": {"longest_edge": 9}}')), "a size of longest_edge is not supported"),
         (lambda: preparation_in(saved('{"do_resize": false, "do_pad": true}')), "do_pad=True is not supported"),
+        (lambda: preparation_in(saved('{"size": 9, "resample": 7}')), "resample=7 is none of Pillow's filters"),
         (lambda: prepared(pixels, Preparation(size=(8, 8)), shape), "is [3, 8, 8] once prepared, and the model reads"),
         (lambda: prepared(np.zeros((1, 12, 12)), Preparation(), shape), "is [1, 12, 12] once prepared"),
     ]

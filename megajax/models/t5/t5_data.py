@@ -195,7 +195,7 @@ def ask(config: T5Config, tokenizer: Tokenizer, request: Request) -> Asked:
     """A text to read; <extra_id_0> and on stand for missing spans in it, and in front of them in what is written.
 
     Raises:
-      ConfigError: the text is empty, or longer than the model reads.
+      ConfigError: the text is empty, longer than the model reads, or has spans of other names.
     """
     language.refuse_images(request)
     special = t5_tokens(tokenizer, config.vocab_extra_ids).ids
@@ -220,6 +220,11 @@ def ask(config: T5Config, tokenizer: Tokenizer, request: Request) -> Asked:
 
 def _ids(request: Request, tokenizer: Tokenizer, sentinels: dict[str, int]) -> list[int]:
     """Ids of a text in which sentinels may stand, also those that the tokenizer does not know."""
+    for name in re.findall(r"<extra_id_\d+>", request.text):
+        if name not in sentinels and tokenizer.token_id(name) is None:
+            raise ConfigError(
+                f"--prompt: names {name}; the model has {len(sentinels)} such spans, from <extra_id_0> on"
+            )
     if all(tokenizer.token_id(name) is not None for name in sentinels):
         return request.tokenize(request.text)
     ids: list[int] = []
