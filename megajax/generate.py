@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def request_of(source: Path, tokenizer: Tokenizer, images: list[Path]) -> Reques
     """What is asked, without the text.
 
     Raises:
-      ConfigError: an image cannot be read, or nothing says how the model of the folder reads it.
+      ConfigError: an image cannot be read.
     """
     from megajax.data.images import preparation_in, read_image
     from megajax.data.tokenizers import HFTokenizer
@@ -77,7 +78,7 @@ def request_of(source: Path, tokenizer: Tokenizer, images: list[Path]) -> Reques
         return Request("", tokenizer.tokenize, pixels)
     tokenize = tokenizer.tokenize_with_specials if isinstance(tokenizer, HFTokenizer) else tokenizer.tokenize
     as_it_is = all(image.dtype.kind == "f" for image in pixels)
-    return Request("", tokenize, pixels, None if as_it_is else preparation_in(source))
+    return Request("", tokenize, pixels, None if as_it_is else partial(preparation_in, source))
 
 
 def read(source: Path) -> Pretrained:

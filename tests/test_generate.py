@@ -136,6 +136,7 @@ def test_mistakes_are_one_line(golden, tmp_path):
         ([str(golden / "hf_bert"), *GREEDY], "writes no text; give one of gpt, t5, mamba, llava"),
         ([str(golden / "hf_gpt2"), *GREEDY, "--num-tokens", "100000"], "exceeds max_sequence_length="),
         ([llama, *GREEDY, "--image", str(tmp_path / "image.npy")], "--image: this model reads no images; drop it"),
+        ([llama, *GREEDY, "--image", str(tmp_path / "pixels.npy")], "--image: this model reads no images; drop it"),
         ([str(tmp_path / "t5"), "--prompt", ""], "--prompt: has 0 tokens; the model reads 1 to any number"),
         ([str(tmp_path / "t5"), "--prompt", "5 <extra_id_700>"], "names <extra_id_700>; the model has 100 such spans"),
         ([llava, "--tokenizer", "null:40", "--prompt", "5"], "--image is missing"),

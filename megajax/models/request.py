@@ -16,14 +16,14 @@ class Request(NamedTuple):
     """What somebody wants a model to continue, or to answer.
 
     tokenize: a text to the ids that the model reads, with the special tokens around it that a published one expects.
-    images: as `megajax.data.images.read_image` gives them. preparation: how they become what the model reads; None: as
-      the family's own data set does it.
+    images: as `megajax.data.images.read_image` gives them. preparation: looks up how they become what the model reads,
+      for a model that reads some; None: as the family's own data set does it.
     """
 
     text: str
     tokenize: Callable[[str], list[int]]
     images: Sequence[np.ndarray] = ()
-    preparation: Preparation | None = None
+    preparation: Callable[[], Preparation] | None = None
 
 
 class Asked(NamedTuple):

@@ -104,7 +104,7 @@ class Estimate:
 
 
 class Taken(NamedTuple):
-    """How often runs what not all devices run: mean over the devices, and on the one that runs it most."""
+    """How often something runs that not all devices run: mean over the devices, and on the one that runs it most."""
 
     mean: float
     most: float

@@ -82,7 +82,7 @@ def ask(config: LLaVAConfig, tokenizer: Tokenizer, request: Request) -> Asked:
     named = text.count(IMAGE_TOKEN)
     require(named == count, f"--prompt {request.text!r} names {named} images, and --image gives {count}; change one")
     shape = (config.vision_num_channels, config.img_h, config.img_w)
-    how = request.preparation or _preparation(config)
+    how = request.preparation() if request.preparation else _preparation(config)
     images = np.stack([prepared(image, how, shape) for image in request.images])
     each = config.img_seq_len if config.image_placeholders == "each" else 1
     index = config.image_token_index
