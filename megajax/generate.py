@@ -155,6 +155,8 @@ def continuation(
     longest, taken = pretrained.config.max_sequence_length, model.prompt_slots(asked.arrays)
     if num_tokens is None:
         num_tokens = LENGTH if longest is None else max(1, min(LENGTH, longest - taken))
+    if longest is not None and taken >= longest:
+        raise ConfigError(f"--prompt takes {taken} places of max_sequence_length={longest}, all there are; shorten it")
     if longest is not None and taken + num_tokens > longest:
         raise ConfigError(
             f"--num-tokens {num_tokens} after a prompt of {taken} exceeds max_sequence_length={longest}; lower it"

@@ -135,6 +135,7 @@ def test_mistakes_are_one_line(golden, tmp_path):
         ([llama, *GREEDY, "--temperature", "-1"], "temperature=-1.0 must not be negative"),
         ([str(golden / "hf_bert"), *GREEDY], "writes no text; give one of gpt, t5, mamba, llava"),
         ([str(golden / "hf_gpt2"), *GREEDY, "--num-tokens", "100000"], "exceeds max_sequence_length="),
+        ([str(golden / "hf_gpt2"), *GREEDY, "--prompt", "5 " * 5000], "all there are; shorten it"),
         ([llama, *GREEDY, "--image", str(tmp_path / "image.npy")], "--image: this model reads no images; drop it"),
         ([llama, *GREEDY, "--image", str(tmp_path / "pixels.npy")], "--image: this model reads no images; drop it"),
         ([str(tmp_path / "t5"), "--prompt", ""], "--prompt: has 0 tokens; the model reads 1 to any number"),

@@ -82,7 +82,7 @@ def test_a_pipeline_idles_as_the_papers_say():
     for engine in ("lockstep", "table"):
         report = planned(*PP, "--pipeline-engine", engine)
         assert report.num_microbatches == 8
-        assert 0 <= report.memory.gaps < 0.02 * report.memory.peak, "alignment of small buffers"
+        assert 0 <= report.memory.gaps < 0.02 * report.memory.peak, "a program this small has holes of a buffer or two"
         assert report.bubble == pytest.approx((2 - 1) / 8)
         idle = report.executed_flops / 9 if engine == "lockstep" else 0  # one tick of nine
         assert report.idle_flops == pytest.approx(idle)
