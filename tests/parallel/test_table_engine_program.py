@@ -82,9 +82,10 @@ def test_memory_is_that_of_p_microbatches():
         return _compiled(microbatches, engine).memory_analysis().temp_size_in_bytes
 
     few, many = temporary(8, "table"), temporary(32, "table")
-    lockstep = temporary(8, "lockstep")
-    print(f"temporaries: table {few:,} (m = 8), {many:,} (m = 32); lockstep {lockstep:,} (m = 8)")
+    lockstep, short = temporary(8, "lockstep"), temporary(2, "lockstep")
+    print(f"temporaries: table {few:,} (m = 8), {many:,} (m = 32); lockstep {lockstep:,} (m = 8), {short:,} (m = 2)")
     inputs = 6 * ROWS * SEQ * 4  # tokens, labels, positions, mask and weights of a microbatch
     assert many - few <= 24 * inputs
-    # What one microbatch keeps, (p + 1) times against 2 p: one beside the buffers, on its way into them.
-    assert few < 0.7 * lockstep
+    kept = (lockstep - short - 6 * inputs) / 4  # by a microbatch: of two lockstep has three slots, of eight 2 p - 1
+    # What p + 1 keep, at most: a part of one lies beside the buffers, on its way into them.
+    assert lockstep - few > ((2 * STAGES - 1) - (STAGES + 1)) * kept
