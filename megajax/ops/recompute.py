@@ -1,9 +1,9 @@
-"""Recomputing what costs less to compute again than to keep."""
+"""Recomputing what costs less to compute again than to keep, and not taking it from the forward pass after all."""
 
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -24,3 +24,31 @@ def recomputed_in_backward(function: Callable[P, R]) -> Callable[P, R]:
         return jax.checkpoint(partial(function, **kwargs), prevent_cse=False)(*args)
 
     return wrapped
+
+
+def backward_apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of arrays in positional arguments, whose backward pass XLA cannot merge with its forward pass, as it
+    cannot where these are two loops. It has no forward-mode derivative."""
+
+    def call(*args: Any) -> Any:
+        # What the function closes over has gradients, too.
+        pure, closed_over = jax.closure_convert(function, *args)
+        return _apart(pure, *args, *closed_over)
+
+    return call
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _apart_forward(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    return jax.vjp(function, *args)
+
+
+def _apart_backward(function: Callable[..., Any], pullback: Any, gradient: Any) -> Any:
+    return jax.lax.optimization_barrier(pullback)(gradient)
+
+
+_apart.defvjp(_apart_forward, _apart_backward)

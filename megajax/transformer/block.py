@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from megajax.config import ConfigError, TransformerConfig
 from megajax.ops.attention import AttentionMask
+from megajax.ops.recompute import backward_apart
 from megajax.ops.rope import Rotary
 from megajax.parallel.sharding import is_box
 from megajax.parallel.skipped import run_if
@@ -252,18 +253,31 @@ def _run_segment(
         return _run_in_turn(step, x_BSD, variables, rows)
     if run.decode:
         return _scan_in_place(step, x_BSD, variables, rows)
+    # Stages of a pipeline run forward and backward in loops of their own, of however many turns.
+    scan = jax.lax.scan if run.rows or config.recompute_granularity is None else _scan
     if config.recompute_granularity != "full":
-        return jax.lax.scan(step, x_BSD, xs)
+        return scan(step, x_BSD, xs)
     asked = config.recompute_num_layers or 1
     again: Step = jax.checkpoint(step, prevent_cse=False)
     if width == 1 and rows[0].wanted is not None:
         again = partial(step, apply=_recomputed_layer)  # in the branch that computes the layer, not around it
     if config.recompute_method == "uniform":
-        return _scan_in_groups(step, again, x_BSD, xs, group=max(1, asked // width))
+        return _scan_in_groups(scan, step, again, x_BSD, xs, group=max(1, asked // width))
     # "block": the first layers of the whole stack (of each pipeline stage) are recomputed, the others keep activations.
     before = 0 if run.rows else segment.stacks[0].first
     first = -(-max(0, asked - before) // width)
-    return _scan_parts(x_BSD, xs, [(again, first), (step, segment.repeats)])
+    return _scan_parts(scan, x_BSD, xs, [(again, first), (step, segment.repeats)])
+
+
+Scan = Callable[[Step, Array, Tree], tuple[Array, Tree]]
+"""`jax.lax.scan`, or the same."""
+
+
+def _scan(step: Step, x_BSD: Array, xs: Tree) -> tuple[Array, Tree]:
+    """`jax.lax.scan` whose recomputation stays one: XLA makes no loop of a single turn, and would find in the forward
+    pass what the backward pass is to compute again, so that it would be kept."""
+    alone = jax.tree.leaves(xs)[0].shape[0] == 1
+    return jax.lax.scan(backward_apart(step) if alone else step, x_BSD, xs)
 
 
 def _run_in_turn(step: Step, x_BSD: Array, variables: Tree, rows: Tree) -> tuple[Array, Tree]:
@@ -328,13 +342,13 @@ def _apply_row(
     return (y_BSD if row.masked is None else jnp.where(row.masked, y_BSD, x_BSD)), cache, context
 
 
-def _scan_in_groups(step: Step, again: Step, x_BSD: Array, xs: Tree, *, group: int) -> tuple[Array, Tree]:
+def _scan_in_groups(scan: Scan, step: Step, again: Step, x_BSD: Array, xs: Tree, *, group: int) -> tuple[Array, Tree]:
     """Scans with only the input of every `group` periods kept; the rest is recomputed. again: a recomputed step."""
     length = jax.tree.leaves(xs)[0].shape[0]
     group = min(group, length)
     if group == 1:
         # What is kept of the parameters is then the stack itself, which a pipeline knows as its own.
-        return jax.lax.scan(again, x_BSD, xs)
+        return scan(again, x_BSD, xs)
 
     def run_group(x_BSD: Array, inner: Tree) -> tuple[Array, Tree]:
         return jax.checkpoint(lambda x, i: jax.lax.scan(step, x, i), prevent_cse=False)(x_BSD, inner)
@@ -349,13 +363,13 @@ def _scan_in_groups(step: Step, again: Step, x_BSD: Array, xs: Tree, *, group: i
     return x_BSD, _concatenate([ys, last])
 
 
-def _scan_parts(x_BSD: Array, xs: Tree, parts: Sequence[tuple[Step, int]]) -> tuple[Array, Tree]:
+def _scan_parts(scan: Scan, x_BSD: Array, xs: Tree, parts: Sequence[tuple[Step, int]]) -> tuple[Array, Tree]:
     """Scans consecutive parts of xs, each (step, its end), with their own step."""
     start, results = 0, []
     for step, end in parts:
         end = min(max(end, start), jax.tree.leaves(xs)[0].shape[0])
         if end > start:
-            x_BSD, ys = jax.lax.scan(step, x_BSD, jax.tree.map(lambda a, s=start, e=end: a[s:e], xs))
+            x_BSD, ys = scan(step, x_BSD, jax.tree.map(lambda a, s=start, e=end: a[s:e], xs))
             results.append(ys)
         start = end
     return x_BSD, _concatenate(results)
