@@ -20,7 +20,7 @@ from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
-from megajax.parallel.jaxprs import grouped, named, read, run, start
+from megajax.parallel.jaxprs import named, read, run, start, without_groups
 from megajax.parallel.replicas import names_of
 
 Array = jax.Array
@@ -42,7 +42,7 @@ def kernels_beside_sums(closed: ClosedJaxpr, gradients: Sequence[int]) -> Callab
     sums = {name for axis in ("act_heads", "act_mlp", "act_ssm_heads") for name in _dividing(axis)}
     if not sums or _dividing("batch"):
         return jaxpr_as_fun(closed)
-    return partial(_run, _without_groups(closed, gradients), gradients, sums)
+    return partial(_run, _one_by_one(closed, gradients), gradients, sums)
 
 
 def _dividing(axis: str) -> list[str]:
@@ -52,30 +52,10 @@ def _dividing(axis: str) -> list[str]:
     return [name for name in names if name not in mesh.manual_axes and mesh.shape[name] > 1]
 
 
-def _without_groups(closed: ClosedJaxpr, gradients: Sequence[int]) -> ClosedJaxpr:
+def _one_by_one(closed: ClosedJaxpr, gradients: Sequence[int]) -> ClosedJaxpr:
     """A layer of which some linears are computed again together, such as an MLP, with these one by one."""
     kernels = {var for var in map(closed.jaxpr.outvars.__getitem__, gradients) if _is_matrix(var)}
-
-    def one_by_one(*args: Array) -> list[Array]:
-        values = start(closed, args)
-        for eqn in closed.jaxpr.eqns:
-            several = 1 < len(kernels.intersection(eqn.outvars)) < len(kernels)
-            inner = grouped(eqn) if several and not eqn.params.get("prevent_cse") else None
-            with named(eqn), eqn.ctx.manager:
-                given = read(values, eqn.invars)
-                results = run(eqn, given) if inner is None else _each(inner, given)
-            values.update(zip(eqn.outvars, results, strict=True))
-        return read(values, closed.jaxpr.outvars)
-
-    return jax.make_jaxpr(one_by_one)(*(var.aval for var in closed.jaxpr.invars))
-
-
-def _each(closed: ClosedJaxpr, args: Sequence[Array]) -> list[Array]:
-    values = start(closed, args)
-    for eqn in closed.jaxpr.eqns:
-        with named(eqn):
-            values.update(zip(eqn.outvars, run(eqn, read(values, eqn.invars)), strict=True))
-    return read(values, closed.jaxpr.outvars)
+    return without_groups(closed, lambda eqn: 1 < len(kernels.intersection(eqn.outvars)) < len(kernels))
 
 
 def _run(closed: ClosedJaxpr, gradients: Sequence[int], sums: set[str], *args: Array) -> list[Array]:
@@ -85,7 +65,7 @@ def _run(closed: ClosedJaxpr, gradients: Sequence[int], sums: set[str], *args: A
     matrices = filter(_is_matrix, map(jaxpr.outvars.__getitem__, gradients))
     left = [var for var in matrices if var in made and var not in readers]
     for eqn in jaxpr.eqns:
-        with named(eqn), eqn.ctx.manager:
+        with named(eqn):
             values.update(zip(eqn.outvars, run(eqn, read(values, eqn.invars)), strict=True))
         if eqn.primitive.name != "sharding_constraint":
             continue

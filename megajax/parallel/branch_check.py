@@ -48,13 +48,13 @@ def run_on_some_stages(wanted: jax.Array, function: Callable[[Tree], Tree], stat
         return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, state))[1]
 
 
-def require_no_meeting_in_branches(hlo_text: str, mesh: Mesh) -> None:
+def require_no_meeting_of_some_stages(hlo_text: str, mesh: Mesh) -> None:
     """Reads a compiled program.
 
     Raises:
       ConfigError: what only some stages run has a collective that others have to come to.
     """
-    for found in meetings_in_branches(hlo_text, mesh):
+    for found in meetings_of_some_stages(hlo_text, mesh):
         axes = "devices of several stages" if found.axes is None else ", ".join(found.axes)
         raise ConfigError(
             f"pipeline_model_parallel_size={mesh.shape[_PP]}: the compiled step would hang in {found.kind} {found.name}"
@@ -63,7 +63,7 @@ def require_no_meeting_in_branches(hlo_text: str, mesh: Mesh) -> None:
         )
 
 
-def meetings_in_branches(hlo_text: str, mesh: Mesh) -> Iterator[Collective]:
+def meetings_of_some_stages(hlo_text: str, mesh: Mesh) -> Iterator[Collective]:
     """The collectives in operations of some stages that are for more devices than those of one stage's group."""
     if SOME_STAGES not in hlo_text:
         return
@@ -132,11 +132,11 @@ class CheckedStep:
         """Runs the step.
 
         Raises:
-          ConfigError: see `require_no_meeting_in_branches`.
+          ConfigError: see `require_no_meeting_of_some_stages`.
         """
         kind = _Kind.of(args)
         if kind not in self._compiled:
             compiled = self._jitted.lower(*args).compile()
-            require_no_meeting_in_branches(compiled.as_text(), self._mesh)
+            require_no_meeting_of_some_stages(compiled.as_text(), self._mesh)
             self._compiled[kind] = compiled
         return self._compiled[kind](*args)

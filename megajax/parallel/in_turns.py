@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from megajax.parallel.jaxprs import Values, grouped, named, read, run, start
+from megajax.parallel.jaxprs import Values, named, read, run, start, without_groups
 
 _MESSAGES = frozenset({"all_gather", "reduce_scatter", "all_to_all", "ragged_all_to_all"})
 _WORK = frozenset({"dot_general", "ragged_dot_general", "scan", "while", "pallas_call", "ffi_call", "custom_vjp_call"})
@@ -51,7 +51,7 @@ class Chain:
     @classmethod
     def of(cls, closed: ClosedJaxpr, args: Sequence[Any]) -> Chain:
         """A program with its arguments."""
-        flat = _without_groups(closed)
+        flat = without_groups(closed, lambda eqn: _contains(eqn, _MESSAGES))
         chain = cls(flat.jaxpr.outvars, start(flat, args), [[]], [[]], [])
         leg: dict[Var, int] = {}
         worked: set[Var] = set()
@@ -112,30 +112,6 @@ def _variables(eqn: JaxprEqn) -> list[Var]:
 
 def _made_by(eqns: Iterable[JaxprEqn]) -> list[Var]:
     return [var for eqn in eqns for var in eqn.outvars]
-
-
-def _without_groups(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The program with the instructions of groups that hold messages as its own."""
-
-    def evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:
-        values = start(closed, args)
-        for eqn in closed.jaxpr.eqns:
-            inner, given = _group_with_messages(eqn), read(values, eqn.invars)
-            with named(eqn):
-                results = run(eqn, given) if inner is None else evaluate(inner, *given)
-            values.update(zip(eqn.outvars, results, strict=True))
-        return read(values, closed.jaxpr.outvars)
-
-    if all(_group_with_messages(eqn) is None for eqn in closed.jaxpr.eqns):
-        return closed
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
-    return jax.make_jaxpr(lambda *args: evaluate(closed, *args))(*shapes)
-
-
-def _group_with_messages(eqn: JaxprEqn) -> ClosedJaxpr | None:
-    # What a barrier keeps from being shared with its first time stays as it is.
-    inner = None if eqn.params.get("prevent_cse") else grouped(eqn)
-    return inner if inner is not None and _contains(eqn, _MESSAGES) else None
 
 
 def _travels(eqn: JaxprEqn) -> bool:

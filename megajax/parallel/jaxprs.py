@@ -1,9 +1,9 @@
-"""Programs as JAX traces them: what an instruction runs that only groups others, and one instruction run by itself."""
+"""Programs as JAX traces them: groups of instructions, programs without such, and one instruction by itself."""
 
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -63,3 +63,30 @@ def run(eqn: JaxprEqn, given: Sequence[Any]) -> Sequence[Any]:
 def named(eqn: JaxprEqn) -> Any:
     """The names of the modules that it comes from, which a compiled program is read by: a context to run it in."""
     return jax.named_scope(str(eqn.source_info.name_stack))
+
+
+def without_groups(closed: ClosedJaxpr, opens: Callable[[JaxprEqn], bool]) -> ClosedJaxpr:
+    """A program with the instructions of some groups as its own, and of groups in these.
+
+    Recomputation that a barrier keeps apart from its first time stays as it is.
+
+    Args:
+      opens: whether it is one of those groups.
+    """
+
+    def inside(eqn: JaxprEqn) -> ClosedJaxpr | None:
+        return grouped(eqn) if opens(eqn) and not eqn.params.get("prevent_cse") else None
+
+    def evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:
+        values = start(closed, args)
+        for eqn in closed.jaxpr.eqns:
+            inner, given = inside(eqn), read(values, eqn.invars)
+            with named(eqn):
+                results = run(eqn, given) if inner is None else evaluate(inner, *given)
+            values.update(zip(eqn.outvars, results, strict=True))
+        return read(values, closed.jaxpr.outvars)
+
+    if all(inside(eqn) is None for eqn in closed.jaxpr.eqns):
+        return closed
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+    return jax.make_jaxpr(lambda *args: evaluate(closed, *args))(*shapes)

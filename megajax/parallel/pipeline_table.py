@@ -1,16 +1,13 @@
-"""A pipeline that runs any schedule: at each tick every stage looks up what to do and branches to it.
+"""A pipeline that runs any schedule: at each tick every stage looks up what to do and does that.
 
-A manual region over `pp` alone, one scan over the ticks of a table. The branches differ between stages at one tick, but
-every member of a stage's tensor-, context- and data-parallel groups takes the same one, so that they may hold these
-groups' collectives; what crosses stages stays outside of them. Against the lockstep engine of `pipeline.py` it costs a
-branch a tick and buys any order of operations: 1F1B with the activations of p instead of 2 p - 1 microbatches, GPipe,
-and ZB-H1, whose weight gradients are operations of their own.
+A manual region over `pp` alone, one scan over the ticks of a table. Operations differ between stages at one tick, but
+every member of a stage's tensor-, context- and data-parallel groups runs the same one, so that they may hold these
+groups' collectives; what crosses stages stays outside of them. Each is a loop of one turn or none: see
+`run_on_some_stages`. Against the lockstep engine of `pipeline.py` that buys any order of operations: 1F1B with the
+activations of p instead of 2 p - 1 microbatches, GPipe, and ZB-H1, whose weight gradients are operations of their own.
 
-Stages meet at the end of each tick, so a tick takes as long as the longest operation in it. A backward is cut into
-parts, some of its layers each, that take about as long as a forward: then no stage waits for another's longer one.
-
-A branch is a loop of one turn or none, for a loop writes where its carry lies: each branch of a `cond` that returned a
-buffer would return a copy.
+The price: stages meet at the end of each tick, so a tick takes as long as the longest operation in it. A backward is
+cut into parts, some of its layers each, that take about as long as a forward, so that stages wait less for each other.
 """
 
 # SPDX-License-Identifier: Apache-2.0

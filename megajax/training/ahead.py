@@ -16,7 +16,7 @@ from megajax.config import Config
 from megajax.data.build import Sizes
 from megajax.data.tokenizers import build_tokenizer
 from megajax.models.family import Family
-from megajax.parallel.branch_check import require_no_meeting_in_branches
+from megajax.parallel.branch_check import require_no_meeting_of_some_stages
 from megajax.parallel.live_memory import LiveBuffer, compile_and_watch
 from megajax.parallel.sharding import spec_of
 from megajax.training.batches import prepare_batch
@@ -62,7 +62,7 @@ def compile_step(config: Config, family: Family, devices: list[Any], step: Step 
         traced = time.monotonic()
         executable, live = compile_and_watch(lowered)
     if config.parallel.pipeline_model_parallel_size > 1:
-        require_no_meeting_in_branches(executable.as_text(), program.mesh)
+        require_no_meeting_of_some_stages(executable.as_text(), program.mesh)
     return Compiled(step, program, executable, live, batch, (traced - began, time.monotonic() - traced))
 
 

@@ -15,7 +15,12 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from megajax.config import ConfigError
-from megajax.parallel.branch_check import CheckedStep, branch_of_some_stages, meetings_in_branches, run_on_some_stages
+from megajax.parallel.branch_check import (
+    CheckedStep,
+    branch_of_some_stages,
+    meetings_of_some_stages,
+    run_on_some_stages,
+)
 from megajax.parallel.skipped import run_if
 
 
@@ -58,7 +63,7 @@ def test_what_others_have_to_come_to_is_refused_before_it_runs(
 ) -> None:
     """Run, these programs would not return."""
     step = _step(mesh, work, branch)
-    [found] = meetings_in_branches(step.lower(X).compile().as_text(), mesh)
+    [found] = meetings_of_some_stages(step.lower(X).compile().as_text(), mesh)
     assert (found.kind, found.axes) == (kind, axes)
     with pytest.raises(ConfigError, match=rf"would hang in {kind} \S+ over {', '.join(axes)} \(.*only some stages run"):
         CheckedStep(step, mesh)(X)
@@ -80,7 +85,7 @@ def test_the_group_of_one_stage_may_meet(mesh: Mesh, branch: Any) -> None:
     step = CheckedStep(_step(mesh, partial(jax.lax.psum, axis_name="tp"), branch), mesh)
     summed = np.tile(np.asarray(X)[2:, :2] + np.asarray(X)[2:, 2:], 2)
     np.testing.assert_array_equal(step(X), np.concatenate([np.asarray(X)[:2], summed]))
-    assert not list(meetings_in_branches(step.lower(X).compile().as_text(), mesh))
+    assert not list(meetings_of_some_stages(step.lower(X).compile().as_text(), mesh))
 
 
 def test_layers_of_some_stages_are_such_branches(mesh: Mesh) -> None:
@@ -94,8 +99,8 @@ def test_layers_of_some_stages_are_such_branches(mesh: Mesh) -> None:
 
     region = jax.shard_map(region, mesh=mesh, in_specs=P("pp", "tp"), out_specs=P("pp", "tp"), check_vma=False)
     text = jax.jit(jax.grad(lambda x: region(x).sum())).lower(X).compile().as_text() or ""
-    assert {found.kind for found in meetings_in_branches(text, mesh)} == {"collective-permute"}
-    assert len(list(meetings_in_branches(text, mesh))) == 2
+    assert {found.kind for found in meetings_of_some_stages(text, mesh)} == {"collective-permute"}
+    assert len(list(meetings_of_some_stages(text, mesh))) == 2
 
 
 def test_a_step_is_compiled_once_for_each_shape(mesh: Mesh) -> None:
