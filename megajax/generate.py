@@ -183,7 +183,7 @@ def _parser() -> cli.Parser:
     )
     add = parser.add_argument
     add("source", type=Path, metavar="SRC")
-    add("--prompt", action="append", metavar="TEXT", help="may be given several times (of a decoder, the end of a document)")
+    add("--prompt", action="append", metavar="TEXT", help="may be given several times (for a decoder: end of document)")
     files = "PNG, JPEG or .npy; may be given several times, and then goes with every prompt"
     add("--image", action="append", type=Path, default=[], metavar="FILE", help=files)
     add("--num-tokens", type=int, metavar="N", help=f"at most so many are written ({LENGTH}, or what fits)")
